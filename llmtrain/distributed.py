@@ -1,0 +1,145 @@
+"""Which rank am I, and what do all ranks agree on?
+
+`open_world` finds rank and size by itself under `deepspeed`, `torchrun`, `srun` and plain `python`, starts the process
+group with gloo for the CPU and NCCL for GPUs, and ends it in order. Everything ranks decide together goes through `World`,
+on CPU tensors, so that control messages never queue behind a GPU's work.
+"""
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from llmtrain.errors import EnvironmentError
+
+
+class Place(NamedTuple):
+    """Where a launcher put this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """Read rank and world size from what `torchrun`, `deepspeed` or `srun` set; alone where none did."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local_rank = int(environment.get("LOCAL_RANK", rank))
+        local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
+    elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+        local_rank = int(environment.get("SLURM_LOCALID", 0))
+        local_size = int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+    else:
+        return Place(0, 1, 0, 1)
+    if not 0 <= rank < size:
+        raise EnvironmentError(f"rank {rank} is not below world size {size}: check {names[0]} and {names[1]}")
+    return Place(rank, size, local_rank, max(local_size, local_rank + 1))
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of this run, seen from this one. Every method is collective."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """True on the one rank that prints and writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a small tensor over all ranks, on the CPU."""
+        total = values.detach().cpu().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        return bool(self.sum(torch.tensor(int(flag))).item())
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum(torch.zeros(1))
+
+    def gather_text(self, text: str, width: int = 256) -> list[str]:
+        """One short ASCII text from every rank, in rank order."""
+        data = text.encode("ascii", "replace")[:width].ljust(width)
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if self.size == 1:
+            return [text]
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine)
+        return [bytes(one.tolist()).decode("ascii").rstrip() for one in everyone]
+
+    def require_same(self, what: str, value: str) -> None:
+        """Raise EnvironmentError on every rank, naming the odd ones, where `value` is not the same on all."""
+        digest = hashlib.blake2b(value.encode(), digest_size=8).hexdigest()
+        seen = [line.split(" ", 1) for line in self.gather_text(f"{digest} {socket.gethostname()}")]
+        odd = [f"rank {rank} on {host}" for rank, (found, host) in enumerate(seen) if found != seen[0][0]]
+        if odd:
+            raise EnvironmentError(f"{what} on {', '.join(odd)} is not that of rank 0 on {seen[0][1]}")
+
+
+@contextmanager
+def open_world(timeout_s: int, *, collectives: bool) -> Iterator[World]:
+    """Join the other ranks for the length of the block. `collectives` starts a process group even for one rank.
+
+    Raises EnvironmentError when the ranks cannot meet.
+    """
+    place = find_place(os.environ)
+    device = _device(place)
+    if place.size > 1 or collectives:
+        _meet(place, device, timeout_s)
+    try:
+        yield World(place.rank, place.size, place.local_rank, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(place: Place) -> torch.device:
+    if torch.cuda.is_available():
+        if place.local_rank >= torch.cuda.device_count():
+            raise EnvironmentError(
+                f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} visible on "
+                f"{socket.gethostname()}; start one process per GPU"
+            )
+        torch.cuda.set_device(place.local_rank)
+        return torch.device("cuda", place.local_rank)
+    if "OMP_NUM_THREADS" not in os.environ or place.local_size == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // place.local_size))))
+    return torch.device("cpu")
+
+
+def _meet(place: Place, device: torch.device, timeout_s: int) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        if place.size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, init_method="env://", rank=place.rank, world_size=place.size, timeout=timeout
+            )
+    except (RuntimeError, ValueError) as error:
+        raise EnvironmentError(
+            f"rank {place.rank} of {place.size} on {socket.gethostname()} could not meet the others at "
+            f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR unset)')}:{os.environ.get('MASTER_PORT', '(unset)')}: {error}"
+        ) from error

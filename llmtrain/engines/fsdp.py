@@ -1,0 +1,151 @@
+"""FSDP2: parameters, gradients and moments sharded over the ranks, each block gathered when it is needed.
+
+`fully_shard` per block and once for the rest; fp32 sharded parameters are the masters; compute in bf16 where asked;
+gradients are reduced in fp32 and accumulate there. With `engine.shard_ranks` the ranks form a mesh of copies, each sharded
+over so many ranks (HSDP). Zhao 2023, arXiv:2304.11277, and the torch.distributed.fsdp.fully_shard documentation.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from llmtrain.config import Config
+from llmtrain.data.batches import Batch
+from llmtrain.distributed import World
+from llmtrain.engines.base import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    WEIGHT,
+    FlatState,
+    LearningRate,
+    Slice,
+    StateSource,
+    StepStats,
+    build_adamw,
+    count_valid,
+    fill,
+    prepare_blocks,
+    start_moments,
+)
+from llmtrain.errors import ConfigError
+from llmtrain.model.decoder import Decoder
+
+
+class FsdpEngine:
+    """A decoder sharded with FSDP2."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.world = world
+        self.clip = config.optim.clip
+        self.rate = LearningRate(config.schedule.peak)
+        self.precision = config.engine.precision
+        self.mesh = _mesh(config, world)
+        with torch.device("meta"):
+            model = Decoder(config.model)
+        prepare_blocks(model, config)
+        compute = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            fully_shard(
+                block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=config.engine.reshard_after_forward
+            )
+        fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        self.model = model.to_empty(device=world.device)
+        self.optimizer = build_adamw(self.model.named_parameters(), config.optim)
+        self.updates = 0
+
+    def train_step(self, micro_batches: Sequence[Batch], lr_multiplier: float) -> StepStats:
+        valid = count_valid(self.world, micro_batches)
+        nats = torch.zeros((), device=self.world.device)
+        for batch in micro_batches:
+            batch = batch.to(self.world.device)
+            loss = self.model(batch.tokens, batch.targets, batch.document_ids)
+            # FSDP2 averages gradients over the ranks, so the sum over them needs this factor.
+            (loss * (self.world.size / valid)).backward()
+            nats += loss.detach()
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        self.rate.write(self.optimizer, lr_multiplier)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        return StepStats(self.world.sum(nats) / valid, norm, self.rate.read(self.optimizer))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            assert isinstance(self.model, FSDPModule)
+            self.model.reshard()
+            self.model.train()
+
+    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.world.device)
+        nll = self.model(batch.tokens, batch.targets, batch.document_ids, reduction="none")
+        return nll.double().sum().cpu(), torch.tensor(batch.num_valid, dtype=torch.float64)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(tokens.to(self.world.device))
+        return logits
+
+    def state(self) -> FlatState:
+        slices = []
+        for name, parameter in self.model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            row = parameter.numel() // parameter.shape[0]
+            start = min(offset[0], parameter.shape[0]) * row if shape[0] else 0
+            moments = self.optimizer.state[parameter]
+            tensors = {
+                WEIGHT: _local(parameter),
+                EXP_AVG: _local(moments[EXP_AVG]),
+                EXP_AVG_SQ: _local(moments[EXP_AVG_SQ]),
+            }
+            slices.append(Slice(name, start, start + shape[0] * row, parameter.numel(), tensors))
+        replica = self.mesh.get_local_rank("replicate") if self.mesh.ndim == 2 else 0
+        return FlatState(slices, self.updates, writes=replica == 0)
+
+    def load(self, source: StateSource, update: int) -> None:
+        start_moments(self.optimizer, self.model.parameters(), update)
+        self.updates = update
+        fill(self.state().slices, source)
+
+    def describe(self) -> str:
+        shards = self.mesh.size(-1)
+        copies = self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        return (
+            f"FSDP2 over {self.world.size} ranks ({copies} x {shards} shards), {self.precision} compute, "
+            "fp32 masters, moments, accumulation and reduction"
+        )
+
+
+def _mesh(config: Config, world: World) -> DeviceMesh:
+    shards = config.engine.shard_ranks
+    if shards is None or shards == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    if world.size % shards:
+        raise ConfigError(f"engine.shard_ranks {shards} does not divide the {world.size} ranks")
+    return init_device_mesh(
+        world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def _local(tensor: Any) -> Tensor:
+    """The flat elements of a DTensor on this rank, as a view."""
+    local: Tensor = tensor.detach().to_local()
+    return local.view(-1)

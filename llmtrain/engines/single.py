@@ -1,0 +1,139 @@
+"""One device, nothing sharded: the engine that is read first, and the reference the others are tested against.
+
+In bf16 the module computes in bf16 while fp32 masters live beside it: each micro-batch's gradients are added to the
+masters' fp32 gradients as they appear, the update is made on the masters, and the module gets their rounded copy.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from llmtrain.config import Config
+from llmtrain.data.batches import Batch
+from llmtrain.distributed import World
+from llmtrain.engines.base import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    WEIGHT,
+    FlatState,
+    LearningRate,
+    Slice,
+    StateSource,
+    StepStats,
+    build_adamw,
+    fill,
+    prepare_blocks,
+    start_moments,
+)
+from llmtrain.errors import ConfigError
+from llmtrain.model.decoder import Decoder
+
+
+class SingleEngine:
+    """The whole model on one device."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        if world.size != 1:
+            raise ConfigError(
+                f'engine.kind "single" runs on one rank, but there are {world.size}: '
+                "use --set engine.kind=fsdp or --set engine.kind=deepspeed"
+            )
+        self.world = world
+        self.clip = config.optim.clip
+        self.rate = LearningRate(config.schedule.peak)
+        with torch.device("meta"):
+            model = Decoder(config.model)
+        self.model = model.to_empty(device=world.device)
+        self.masters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.low_precision = config.engine.precision == "bf16"
+        if self.low_precision:
+            self.masters = {name: torch.empty_like(p, requires_grad=True) for name, p in self.masters.items()}
+            self.model.to(torch.bfloat16)
+            for name, parameter in self.model.named_parameters():
+                parameter.register_post_accumulate_grad_hook(_folding_into(self.masters[name]))
+        prepare_blocks(self.model, config)
+        self.optimizer = build_adamw(self.masters.items(), config.optim)
+        self.updates = 0
+
+    def train_step(self, micro_batches: Sequence[Batch], lr_multiplier: float) -> StepStats:
+        valid = max(1, sum(batch.num_valid for batch in micro_batches))
+        nats = torch.zeros((), device=self.world.device)
+        for batch in micro_batches:
+            batch = batch.to(self.world.device)
+            loss = self.model(batch.tokens, batch.targets, batch.document_ids)
+            (loss / valid).backward()
+            nats += loss.detach()
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.clip, norm)
+        self.rate.write(self.optimizer, lr_multiplier)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        self._publish()
+        return StepStats(nats / valid, norm, self.rate.read(self.optimizer))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.world.device)
+        nll = self.model(batch.tokens, batch.targets, batch.document_ids, reduction="none")
+        return nll.double().sum().cpu(), torch.tensor(batch.num_valid, dtype=torch.float64)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(tokens.to(self.world.device))
+        return logits
+
+    def state(self) -> FlatState:
+        slices = []
+        for name, master in self.masters.items():
+            moments = self.optimizer.state[master]
+            tensors = {
+                WEIGHT: master.detach().view(-1),
+                EXP_AVG: moments[EXP_AVG].view(-1),
+                EXP_AVG_SQ: moments[EXP_AVG_SQ].view(-1),
+            }
+            slices.append(Slice(name, 0, master.numel(), master.numel(), tensors))
+        return FlatState(slices, self.updates, writes=True)
+
+    def load(self, source: StateSource, update: int) -> None:
+        start_moments(self.optimizer, self.masters.values(), update)
+        self.updates = update
+        fill(self.state().slices, source)
+        self._publish()
+
+    def describe(self) -> str:
+        compute = "bf16 compute, fp32 masters" if self.low_precision else "fp32"
+        return f"single device {self.world.device}, {compute}, fp32 gradients and moments"
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Round the masters into the module that computes."""
+        if self.low_precision:
+            torch._foreach_copy_(list(self.model.parameters()), list(self.masters.values()))
+
+
+class _folding_into:  # noqa: N801 - reads as a verb where it is used
+    """A hook that adds a bf16 gradient to its master's fp32 gradient and frees it."""
+
+    def __init__(self, master: Tensor) -> None:
+        self.master = master
+
+    def __call__(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if self.master.grad is None:
+            self.master.grad = gradient.float()
+        else:
+            self.master.grad.add_(gradient)
+        parameter.grad = None

@@ -1,0 +1,174 @@
+"""What is the model? A pre-norm LLaMA decoder (Touvron 2023, arXiv:2302.13971): RMSNorm, rotary positions,
+grouped-query attention, SwiGLU, no biases.
+
+Parameter names are final: checkpoints are keyed by them. A module uses only the parameters it owns, inside its own
+`forward`, so that engines may shard them by module. Initial values come from `llmtrain.model.initial`, not from here:
+build on the meta device, then fill.
+
+Shapes: B sequences, T positions, D hidden size, H heads, G key-value heads, Q head size, F feed-forward size,
+V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain.config import ModelConfig
+from llmtrain.model.loss import Head, Reduction
+from llmtrain.model.precision import linear, needs_widening
+from llmtrain.model.rope import Rotary
+
+
+class Decoder(nn.Module):
+    """Tokens to logits, or with targets to the negative log-likelihood."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rotary = Rotary(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Head(config.hidden_size, config.vocab_size)
+        self._tie()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        reduction: Reduction = "sum",
+    ) -> Tensor:
+        """Without `targets` logits (B, T, V), else the summed NLL, or with "none" that of each position (B, T); fp32.
+
+        `tokens`, `targets` and `document_ids` are (B, T) integers. Targets equal to IGNORE count as 0. With
+        `document_ids` a position sees only earlier ones of the same document.
+        """
+        self.rotary.prepare(tokens.device)
+        mask = None if document_ids is None else document_mask(document_ids)
+        x = self.embed(tokens)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x, mask)
+        logits_or_loss: Tensor = self.head(self.norm(x), targets, reduction)
+        return logits_or_loss
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.register_parameter("weight", self.embed.get_parameter("weight"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        # to(), to_empty() and the like may replace each module's parameters one by one, which would part the tie.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tie()
+        return self
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream.
+
+    With `recompute` set, the backward pass computes the block's activations again instead of keeping them. That happens
+    inside `forward`, so hooks on the block stay outside and parameter names stay as they are.
+    """
+
+    def __init__(self, config: ModelConfig, rotary: Rotary) -> None:
+        super().__init__()
+        self.recompute = False
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, rotary)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a block is random, so there is no random state to keep.
+            out: Tensor = checkpoint(self._body, x, mask, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return self._body(x, mask)
+
+    def _body(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask)  # (B, T, D)
+        out: Tensor = x + self.ffn(self.ffn_norm(x))
+        return out
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie 2023, arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig, rotary: Rotary) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.head_size = config.head_size
+        self.queries_per_key = config.num_heads // config.num_kv_heads
+        kv_size = config.num_kv_heads * config.head_size
+        self.wq = Linear(config.hidden_size, config.hidden_size)
+        self.wk = Linear(config.hidden_size, kv_size)
+        self.wv = Linear(config.hidden_size, kv_size)
+        self.wo = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q = self.rotary(self.wq(x).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # (B, H, T, Q)
+        k = self.rotary(self.wk(x).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # (B, G, T, Q)
+        v = self.wv(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, G, T, Q)
+        if mask is not None and self.queries_per_key > 1:
+            # No fused kernel takes both a mask and grouped heads.
+            k = k.repeat_interleave(self.queries_per_key, dim=1)
+            v = v.repeat_interleave(self.queries_per_key, dim=1)
+        out = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, T, D)
+        projected: Tensor = self.wo(out)
+        return projected
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention, or attention where `mask` (B, 1, T, T) is true. (B, H, T, Q) with (B, G, T, Q) twice."""
+    dtype = q.dtype
+    if needs_widening(q):
+        q, k, v = q.float(), k.float(), v.float()
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.to(dtype)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Which position may see which: itself and earlier ones of its document. (B, T) to (B, 1, T, T)."""
+    same = document_ids.unsqueeze(2) == document_ids.unsqueeze(1)  # (B, T, T)
+    return same.tril().unsqueeze(1)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_gate = Linear(config.hidden_size, config.ffn_size)
+        self.w_up = Linear(config.hidden_size, config.ffn_size)
+        self.w_down = Linear(config.ffn_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))  # (B, T, F) within
+        return out
+
+
+class Linear(nn.Module):
+    """A projection without bias. It owns `weight` (out, in)."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_size, in_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467), statistics in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

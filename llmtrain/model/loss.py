@@ -1,0 +1,107 @@
+"""What is the loss, and how is it computed without ever holding all logits?
+
+The head multiplies a few thousand tokens at a time with the output weight, takes fp32 log-softmax, and, where gradients
+are wanted, forms the chunk's gradients at once, in the forward pass. Nothing is recomputed and no full (B, T, V) tensor
+exists; the backward pass only scales by the incoming scalar.
+
+The loss is a sum, not a mean: dividing by the valid tokens of the whole global batch is the engine's part.
+
+Shapes: B sequences, T positions, N = B T tokens, C tokens of a chunk, D hidden size, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.model.precision import linear, needs_widening
+
+IGNORE = -100
+"""The target of a position that does not count."""
+
+Reduction = Literal["sum", "none"]
+
+
+class Head(nn.Module):
+    """The output projection and the cross-entropy behind it. It owns `weight` (V, D)."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, reduction: Reduction = "sum") -> Tensor:
+        """Logits (B, T, V) without `targets` (B, T); with them the summed NLL, or with "none" the NLL of each (B, T).
+
+        Always fp32. "none" gives no gradients and is refused where they are wanted.
+        """
+        if targets is None:
+            return linear(hidden, self.weight).float()
+        tokens = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
+        wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
+        if wants_gradients:
+            assert reduction == "sum", 'reduction "none" has no backward pass: call it under torch.no_grad()'
+            loss: Tensor = _SummedLoss.apply(tokens, self.weight, targets.reshape(-1))  # type: ignore[no-untyped-call]
+            return loss
+        nll = _chunked(tokens, self.weight, targets.reshape(-1), gradients=False)[0]
+        return nll.sum() if reduction == "sum" else nll.view_as(targets)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The summed NLL, whose gradients are ready when its value is."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        nll, grad_hidden, grad_weight = _chunked(hidden, weight, targets, gradients=True)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return nll.sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), None
+
+
+def chunk_tokens(tokens: int, vocab_size: int, device_type: str) -> int:
+    """How many tokens' logits to hold at once: all chunks about equal, none above the limit of the device.
+
+    A CPU wants the chunk near its caches; a GPU wants matrix products large enough to fill it and few passes over the
+    weight's gradient.
+    """
+    limit = 2**21 if device_type == "cpu" else 2**27
+    chunks = max(1, -(-tokens * vocab_size // limit))
+    return max(1, -(-tokens // chunks))
+
+
+def _chunked(hidden: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL of each token (N,) in fp32, and with `gradients` those of its sum: (N, D) as `hidden`, (V, D) in fp32."""
+    N, V = hidden.shape[0], weight.shape[0]
+    ignored = targets == IGNORE
+    target = targets.masked_fill(ignored, 0).unsqueeze(1)  # (N, 1)
+    nll = torch.empty(N, dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if gradients else hidden
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if gradients else weight
+    operand = weight.float() if needs_widening(hidden) else weight
+    size = chunk_tokens(N, V, hidden.device.type)
+    for start in range(0, N, size):
+        part = slice(start, start + size)
+        h = hidden[part].to(operand.dtype)  # (C, D)
+        log_p = torch.log_softmax(_product(h, operand.t()), dim=-1)  # (C, V)
+        nll[part] = -log_p.gather(1, target[part]).squeeze(1)
+        if gradients:
+            # d nll / d logits = p - onehot(target). Ignored rows are dropped where rows are short: in h and in its
+            # gradient, not in the (C, V) matrix.
+            p = log_p.exp_()
+            p.scatter_add_(1, target[part], torch.full_like(target[part], -1, dtype=p.dtype))
+            p = p.to(operand.dtype)
+            skip = ignored[part].unsqueeze(1)  # (C, 1)
+            grad_hidden[part] = (p @ operand).masked_fill_(skip, 0)
+            grad_weight += _product(p.t(), h.masked_fill(skip, 0))
+    return nll.masked_fill_(ignored, 0), grad_hidden, grad_weight
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in fp32, never rounded to the operands' type where the device can do so."""
+    if a.dtype != torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()

@@ -1,0 +1,146 @@
+"""The loop: batches, update, log; once in a while validate, save, stop.
+
+`k` is the number of the update being made, from 1, and of updates made after it. Everything that depends on where training is
+depends on k alone: the learning rate, the samples of the batch, whether to validate or save.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.config import Config
+from llmtrain.data.batches import TrainBatches, ValidationSet
+from llmtrain.engines.base import Engine, StepStats
+from llmtrain.errors import CheckpointError, DivergenceError
+from llmtrain.schedules import Schedule
+from llmtrain.train.metrics import MetricsLog
+from llmtrain.train.progress import TrainingProgress
+from llmtrain.train.stop import StopRequest
+from llmtrain.train.throughput import memory_gib
+from llmtrain.train.validation import evaluate
+from llmtrain.units import Length
+
+
+@dataclass
+class Trainer:
+    """Everything one leg of a run needs, put together by `llmtrain.train.run`."""
+
+    config: Config
+    engine: Engine
+    schedule: Schedule
+    batches: TrainBatches
+    held_out: list[ValidationSet]
+    store: CheckpointStore
+    stop: StopRequest
+    progress: TrainingProgress
+    log: MetricsLog | None  # on the first rank
+    mirror: Callable[[dict[str, Any]], None]
+    facts: dict[str, Any]  # what every checkpoint and validation row says of the run
+    attempt: int
+    flops_per_token: float
+    peak_flops: float | None  # of all devices together
+
+    def train(self, first: int, last: int) -> str:
+        """Make updates first..last. Returns why it stopped before `last`, or '' when it did not."""
+        if first == 1:
+            self.validate(0)
+        before = time.perf_counter()
+        for k, micro_batches in self.batches.iterate(first, last):
+            stats = self.engine.train_step(micro_batches, self.schedule(k))
+            now = time.perf_counter()
+            self.record(k, stats, now - before)
+            before = now
+            if k == last or self.due(self.config.validation.every, k):
+                self.validate(k)
+            reason = self.stop.agreed(self.engine.world)
+            if k == last or reason or self.due(self.config.checkpoint.every, k):
+                self.save(k, must=k == last or bool(reason))
+            if k == last:
+                break
+            if reason:
+                return reason
+            if self.due(self.config.validation.every, k) or self.due(self.config.checkpoint.every, k):
+                before = time.perf_counter()
+        return ""
+
+    def due(self, every: Length | None, k: int) -> bool:
+        """Whether something done `every` so often is done after update k."""
+        return every is not None and k % self.config.updates(every) == 0
+
+    def record(self, k: int, stats: StepStats, seconds: float) -> None:
+        """Log update k. Raises DivergenceError on every rank where its loss or gradient is not finite."""
+        loss, grad_norm = stats.loss.item(), stats.grad_norm.item()
+        tokens = self.config.batch.tokens
+        flops = tokens * self.flops_per_token / seconds
+        row = {
+            "kind": "step",
+            "step": k,
+            "tokens": k * tokens,
+            "loss": loss,
+            "lr": stats.lr,
+            "grad_norm": grad_norm,
+            "step_time_s": round(seconds, 6),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "mfu": None if self.peak_flops is None else round(flops / self.peak_flops, 4),
+            "memory_gib": round(memory_gib(self.engine.world.device), 3),
+            "attempt": self.attempt,
+        }
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergenceError(
+                f"update {k}: loss {loss}, gradient norm {grad_norm}. Nothing of it was saved. Start again from the "
+                f"last checkpoint with a lower schedule.peak, a longer schedule.warmup or a lower optim.clip in a new "
+                "run.dir; if it comes back at the same update, look at that batch's data"
+            )
+        self.write(row)
+        self.progress.step(row)
+
+    def validate(self, k: int) -> None:
+        """Score every held-out set after update k."""
+        for held_out in self.held_out:
+            result = evaluate(self.engine, held_out, self.config.validation.micro or self.config.batch.micro)
+            row = {
+                "kind": "validation",
+                "step": k,
+                "tokens": k * self.config.batch.tokens,
+                "lr": self.schedule.lr(k),
+                "decayed": self.schedule.decayed(k),
+                **result,
+                **self.facts["compare"],
+                "attempt": self.attempt,
+            }
+            self.write(row)
+            self.progress.validation(row)
+
+    def save(self, k: int, *, must: bool) -> None:
+        """Publish a checkpoint of update k. A save that fails is reported, and ends the run only where it `must` succeed."""
+        if self.log is not None:
+            self.log.sync()
+        state = {
+            "step": k,
+            "tokens": k * self.config.batch.tokens,
+            "samples": k * self.config.batch.sequences,
+            "attempt": self.attempt,
+            **self.facts,
+        }
+        problem = self.store.save(self.engine.state(), state)
+        if problem is None:
+            self.progress.say(f"step {k}  saved {self.store.folder / f'step_{k:08d}'}")
+        elif must:
+            raise CheckpointError(f"the checkpoint of update {k} could not be written: {problem}")
+        else:
+            self.progress.say(f"step {k}  NOT SAVED, training goes on: {problem}")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row to metrics.jsonl and its mirror."""
+        if self.log is not None:
+            self.log.append(row)
+            self.mirror(row)
+
+
+def run_folder(config: Config) -> Path:
+    """Where this run keeps everything."""
+    return Path(config.run.dir)

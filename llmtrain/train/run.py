@@ -1,0 +1,212 @@
+"""One leg of a run, from a config to its end: check, build, start or resume, train, say how it ended."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmtrain
+from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.config import Config, content_hash
+from llmtrain.config_file import to_yaml
+from llmtrain.data.batches import TrainBatches, ValidationSet
+from llmtrain.data.dataset import PreparedData, open_data
+from llmtrain.data.order import Order
+from llmtrain.distributed import World, find_place, open_world
+from llmtrain.engines import build_engine
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.model.size import flops_per_token, parameter_count
+from llmtrain.schedules import Schedule, plan
+from llmtrain.train.loop import Trainer
+from llmtrain.train.metrics import MetricsLog, read_metrics
+from llmtrain.train.progress import TrainingProgress
+from llmtrain.train.start import Resume, Start, begin
+from llmtrain.train.stop import StopRequest
+from llmtrain.train.throughput import peak_flops
+from llmtrain.train.wandb_mirror import WandbMirror
+
+
+def train(config: Config, *, prepare_command: str, resume: Resume = "auto") -> None:
+    """Train `config` to its last update, or until told to stop. Everything a user can get wrong is checked first.
+
+    `prepare_command` is what to run when the data is missing. Raises LlmtrainError.
+    """
+    schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
+    data = open_data(config.data.path, prepare_command)
+    held_out = validation_sets(config, data)
+    check_data(config, data)
+    place = find_place(os.environ)
+    config.batch.accumulation(place.size)
+    with open_world(config.engine.timeout_s, collectives=config.engine.kind != "single") as world:
+        world.require_same("the resolved config", to_yaml(config))
+        world.require_same("the data", data.manifest.content_hash)
+        world.require_same("the version of llmtrain or torch", f"{llmtrain.__version__} {torch.__version__}")
+        _train(config, world, schedule, data, held_out, resume)
+        world.barrier()
+
+
+def _train(
+    config: Config,
+    world: World,
+    schedule: Schedule,
+    data: PreparedData,
+    held_out: list[ValidationSet],
+    resume: Resume,
+) -> None:
+    torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
+    run_dir = Path(config.run.dir)
+    engine = build_engine(config, world)
+    store = CheckpointStore(run_dir / "checkpoints", world, config.checkpoint.keep)
+    facts = describe_run(config, world, schedule, data)
+    start = begin(engine, store, config, facts, resume)
+    last = config.last_update
+    log, mirror, attempt = _open_records(config, world, start, last)
+    progress = TrainingProgress(
+        shown=world.first, first_update=start.update, last_update=last, every=config.logging.every
+    )
+    stop = StopRequest(run_dir, config.run.max_minutes)
+    peak = peak_flops(world.device, config.engine.precision)
+    trainer = Trainer(
+        config=config,
+        engine=engine,
+        schedule=schedule,
+        batches=_batches(config, world, data),
+        held_out=held_out,
+        store=store,
+        stop=stop,
+        progress=progress,
+        log=log,
+        mirror=mirror.log if mirror else lambda row: None,
+        facts=facts,
+        attempt=attempt,
+        flops_per_token=flops_per_token(config.model, config.batch.seq_len),
+        peak_flops=None if peak is None else peak * world.size,
+    )
+    with progress, stop.listening():
+        progress.say(banner(config, schedule, start, engine.describe()))
+        reason = trainer.train(start.update + 1, last) if start.update < last else ""
+    if world.first:
+        stop.clear()
+        if mirror is not None:
+            mirror.close()
+        how = f"STOPPED ({reason}): the same command goes on from here" if reason else f"FINISHED run={config.run.name}"
+        progress.say(f"{how}  {run_dir}")
+
+
+def validation_sets(config: Config, data: PreparedData) -> list[ValidationSet]:
+    """The data's own held-out split, under `validation`, and the sets the config names."""
+    sets = [_validation_set(config, "validation", data)]
+    for name, path in config.validation.sets.items():
+        if name == "validation":
+            raise ConfigError('validation.sets: the name "validation" is taken by the data\'s own split')
+        other = open_data(path, f"llmtrain prepare --config ... --set data.path={path}")
+        if other.manifest.tokenizer_hash != data.manifest.tokenizer_hash:
+            raise DataError(f"validation.sets.{name}: {path} was prepared with another tokenizer than {data.path}")
+        sets.append(_validation_set(config, name, other))
+    return sets
+
+
+def check_data(config: Config, data: PreparedData) -> None:
+    """Raise where the data does not fit the model."""
+    data.manifest.require_fits(config.model.vocab_size)
+    data.num_samples(config.batch.seq_len)
+
+
+def describe_run(config: Config, world: World, schedule: Schedule, data: PreparedData) -> dict[str, Any]:
+    """What checkpoints and validation rows say about the run they come from."""
+    trajectory = config.trajectory(data.manifest.content_hash)
+    return {
+        "trajectory": trajectory,
+        "trajectory_hash": content_hash(trajectory),
+        "schedule": schedule.spec,
+        "schedule_hash": schedule.hash,
+        "engine": {"kind": config.engine.kind, "zero_stage": config.engine.zero_stage, "ranks": world.size},
+        "versions": {"llmtrain": llmtrain.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "compare": {
+            "schedule": config.schedule.name,
+            "schedule_hash": schedule.hash,
+            "data_hash": data.manifest.content_hash,
+            "tokenizer_hash": data.manifest.tokenizer_hash,
+            "model_hash": content_hash(trajectory["model"]),
+        },
+    }
+
+
+def banner(config: Config, schedule: Schedule, start: Start, engine: str) -> str:
+    """What is printed before the first update: the whole resolved config, the engine, and where the run starts."""
+    lines = [to_yaml(config).rstrip(), ""]
+    lines += [f"rejected {text}" for text in start.rejected]
+    lines += [
+        engine,
+        f"{parameter_count(config.model):,} parameters, {config.batch.sequences} sequences or {config.batch.tokens:,} tokens "
+        f"an update, {config.last_update} updates, schedule {schedule.hash}",
+    ]
+    if start.path is None:
+        lines.append(f"FRESH START run={config.run.name}")
+    else:
+        lines.append(
+            f"RESUMED run={config.run.name} step={start.update} tokens={start.state['tokens']} "
+            f"lr={schedule.lr(start.update):.6e} from={start.path}"
+        )
+    return "\n".join(lines)
+
+
+def _validation_set(config: Config, name: str, data: PreparedData) -> ValidationSet:
+    return ValidationSet(
+        name,
+        data.validation,
+        data.token_bytes,
+        seq_len=config.batch.seq_len,
+        max_tokens=config.validation.max_tokens,
+        eos_id=data.manifest.eos_id,
+        document_mask=config.data.document_mask,
+        set_hash=data.manifest.validation_hash,
+    )
+
+
+def _batches(config: Config, world: World, data: PreparedData) -> TrainBatches:
+    order = Order(data.num_samples(config.batch.seq_len), config.run.seed, data.manifest.content_hash)
+    return TrainBatches(
+        data,
+        order,
+        sequences=config.batch.sequences,
+        micro=config.batch.micro,
+        seq_len=config.batch.seq_len,
+        rank=world.rank,
+        world_size=world.size,
+        document_mask=config.data.document_mask,
+        pin=world.device.type == "cuda",
+    )
+
+
+def _open_records(
+    config: Config, world: World, start: Start, last: int
+) -> tuple[MetricsLog | None, WandbMirror | None, int]:
+    """The first rank's metrics log, rewound to the start, its mirror, and the number of this attempt."""
+    if not world.first:
+        return None, None, 1
+    run_dir = Path(config.run.dir)
+    log = MetricsLog(run_dir)
+    rows = read_metrics(run_dir) if log.path.exists() else []
+    attempt = 1 + max((row.get("attempt", 1) for row in rows), default=0)
+    log.rewind(start.update if start.path else -1)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    return log, WandbMirror(config, run_dir), attempt
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, where it lies in a git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(llmtrain.__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -6,13 +6,16 @@ key given twice is an error. Every complaint names the dotted path, and all of t
 
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError, did_you_mean
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,10 +90,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 def validate(values: dict[str, Any], where: str) -> Config:
     """Build the Config, or raise one ConfigError that lists every fault by its dotted path."""
+    return read_section(Config, values, where)
+
+
+def read_section(section: type[SectionT], values: dict[str, Any], where: str) -> SectionT:
+    """Build one section of the config, or raise one ConfigError that lists every fault by its dotted path."""
     try:
-        return Config.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
-        lines = [_complaint(fault) for fault in error.errors(include_url=False)]
+        lines = [_complaint(fault, section) for fault in error.errors(include_url=False)]
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
     except ConfigError as error:
         raise ConfigError(f"{where}:\n  {error}") from None
@@ -101,9 +109,9 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
-def _complaint(fault: Any) -> str:
+def _complaint(fault: Any, section: type[BaseModel]) -> str:
     keys = [str(key) for key in fault["loc"]]
-    path, known = _place(keys)
+    path, known = _place(keys, section)
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if fault["type"] == "extra_forbidden":
         return f'unknown key "{path}"{did_you_mean(keys[-1], known)}'
@@ -114,11 +122,11 @@ def _complaint(fault: Any) -> str:
     return f"{path}: {message}, found {fault['input']!r}"
 
 
-def _place(keys: list[str]) -> tuple[str, list[str]]:
+def _place(keys: list[str], section: type[BaseModel]) -> tuple[str, list[str]]:
     """The dotted path without pydantic's union tags, and the keys known where the last one stands."""
-    model: Any = Config
+    model: Any = section
     path: list[str] = []
-    known = list(Config.model_fields)
+    known = list(section.model_fields)
     for key in keys:
         fields = getattr(model, "model_fields", {})
         if key in fields:

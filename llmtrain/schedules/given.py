@@ -126,7 +126,7 @@ def refined(
 def chain(at: Progress, *, pieces: Pieces) -> FloatArray:
     """Shapes in a row, each laid between its `start` (where the one before ended; 1 at first) and its `end` (0).
 
-    A piece is a mapping with name, length, start, end and the parameters of its shape; a percentage is of the whole
+    pieces: mappings with name, length, start, end and the parameters of the shape; a percentage is of the whole
     horizon; levels are of g, so the floor still lifts them. The update at which a piece ends has that piece's end.
     """
     edges = np.cumsum([0] + [piece["length"] for piece in pieces])

@@ -87,6 +87,8 @@ def multistep(
         )
     for level in levels:
         wanted_level("levels", level)
+    if drops and drops[0] < at.warmup:
+        raise ScheduleError(f"schedule.drops begin at {drops[0]}, inside the warm-up of {at.warmup}")
     passed = np.searchsorted(np.asarray(drops, np.float64), at.warmup + at.t, side="left")
     return np.asarray([1.0, *levels])[passed]
 
@@ -98,14 +100,14 @@ def one_cycle(
     """Half a cosine wave (or a line) from `start` up to 1 at `rise`, then down to m at the horizon.
 
     Smith & Topin 2017, arXiv:1708.07120; torch's OneCycleLR has start 1/25 and m = start/1e4. It has no other warm-up.
-    rise: length. start: multiplier.
+    rise: length; the top comes before the horizon. start: multiplier.
     """
     no_warmup(at, "one_cycle")
     wanted_level("start", start)
-    top = min(max(rise, 1), at.span)
-    up = cooldown_curve(anneal, 1.0 - np.minimum(at.t / top, 1.0), start)
-    down = cooldown_curve(anneal, np.maximum(at.t - top, 0.0) / max(at.span - top, 1), at.floor)
-    return np.where(at.t <= top, up, down)
+    top = min(rise, at.span - 1)
+    up = cooldown_curve(anneal, 1.0 - np.minimum(at.t / max(top, 1), 1.0), start)
+    down = cooldown_curve(anneal, np.maximum(at.t - top, 0.0) / (at.span - top), at.floor)
+    return np.where(at.t < top, up, down)
 
 
 @register_schedule("sgdr", cyclic=True)
@@ -184,18 +186,16 @@ def infinite(
     cosine, or rsqrt, 1 / sqrt(1 + (1 / level**2 - 1) t / cooldown). anneal_shape: see `cooldown_curve`.
     """
     wanted_level("level", level)
-    if cooldown + anneal > at.span or level < at.floor or (level == 0 and curve == "rsqrt"):
+    if not 0 < cooldown <= at.span - anneal or level < at.floor or (level == 0 and curve == "rsqrt"):
         raise ScheduleError(
             f"schedule infinite: cooldown ({cooldown}) and anneal ({anneal}) must fit between warm-up and horizon "
             f"({at.span}), and level {level:g} must not be below the floor {at.floor:g}"
         )
-    x = np.minimum(at.t / max(cooldown, 1), 1.0)
+    x = np.minimum(at.t / cooldown, 1.0)
     if curve == "cosine":
         falling = level + (1.0 - level) * half_cosine_wave(x)
     else:
         falling = np.where(x == 1, level, 1.0 / np.sqrt(1.0 + (1.0 / level**2 - 1.0) * x))
-    if cooldown == 0:
-        falling = np.full_like(at.t, level)
     if anneal == 0:
         return falling
     y = np.maximum(at.t - (at.span - anneal), 0.0) / anneal

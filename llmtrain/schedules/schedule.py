@@ -126,7 +126,7 @@ class Planned:
         values = np.empty_like(position)
         early = np.maximum(position[rising] - convention.warmup_lag, 0)
         values[rising] = rise(self.warmup_shape, self.warmup_start, early, self.warmup + convention.warmup_extra)
-        span = max(self.horizon - self.warmup, 1)
+        span = self.horizon - self.warmup or self.clock.one_update()  # where W = T, the floor comes after T
         t = np.clip(position[~rising] - convention.decay_lag - self.warmup, 0, span)
         floor = 0.0 if convention.clips else self.floor
         values[~rising] = self.shape(Progress(t, span, self.warmup, floor), self.parameters)

@@ -49,7 +49,7 @@ class Trainer:
         if first == 1:
             self.validate(0)
         before = time.perf_counter()
-        for k, micro_batches in self.batches.iterate(first, last):
+        for k, micro_batches in enumerate(self.batches.iterate(first, last), start=first):
             stats = self.engine.train_step(micro_batches, self.schedule(k))
             now = time.perf_counter()
             self.record(k, stats, now - before)

@@ -11,7 +11,7 @@ from llmtrain.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoi
 from llmtrain.config import Config, EngineConfig
 from llmtrain.config_file import load_config
 from llmtrain.data.dataset import open_data
-from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.distributed import World, open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import Engine
@@ -54,7 +54,7 @@ def generate(
     """
     with opened(run_dir, step) as (config, engine, _):
         data = open_data(config.data.path, f"llmtrain prepare --config {run_dir / 'config.yaml'}")
-        tokenizer = load_tokenizer(data.tokenizer_path)
+        tokenizer = Tokenizer.load(data.tokenizer_path)
         ids = [tokenizer.eos_id, *tokenizer.encode([prompt])[0]]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(max_tokens):

@@ -1,0 +1,184 @@
+"""The `llmtrain` command: parse, call one function, print. What a command does lives in the rooms below.
+
+Numbers for scripts go to stdout with `--json`, alone; everything else a person reads. A mistake of the user ends with one
+message and exit code 2, without a traceback, on one rank only.
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmtrain.cli_schedule import schedule_app
+from llmtrain.errors import LlmtrainError
+
+app = typer.Typer(
+    name="llmtrain",
+    help="Pretrain LLaMA-style language models; compare learning-rate schedules.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(schedule_app, name="schedule")
+
+ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The YAML file that describes the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override, for example optim.clip=0.5.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/demo_cosine.")]
+Step = Annotated[int | None, typer.Option(help="The checkpoint of this update; the newest whole one by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+@app.command(epilog="Example: llmtrain prepare --config configs/demo_cosine.yaml")
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; the output does not depend on it.")] = None,
+    force: Annotated[bool, typer.Option(help="Delete what is in data.path and prepare it anew.")] = False,
+) -> None:
+    """Train the tokenizer and write the token files that training reads."""
+    from llmtrain.config_file import load_config
+    from llmtrain.data.prepare import prepare as prepare_data
+
+    loaded = load_config(config, overrides)
+    prepare_data(
+        loaded.data,
+        workers=workers,
+        model_vocab_size=loaded.model.vocab_size,
+        seed=loaded.run.seed,
+        force=force,
+        command=_prepare_command(config, overrides),
+    )
+
+
+@app.command(epilog="Example: llmtrain train --config configs/demo_cosine.yaml --set engine.kind=single")
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on where the run folder has a checkpoint; must; never.")
+    ] = "auto",
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Train, or go on training. Also launch/pretrain.py under deepspeed, torchrun or srun."""
+    if resume not in ("auto", "must", "never"):
+        raise typer.BadParameter(f"--resume {resume}: choose auto, must or never")
+    from llmtrain.config_file import load_config
+
+    loaded = load_config(config, overrides)
+    from llmtrain.train.run import train as train_run
+
+    train_run(loaded, prepare_command=_prepare_command(config, overrides), resume=resume)  # type: ignore[arg-type]
+
+
+@app.command("eval", epilog="Example: llmtrain eval runs/demo_cosine")
+def evaluate(run: RunDir, step: Step = None, as_json: Json = False) -> None:
+    """Score a checkpoint on the run's validation sets again."""
+    from llmtrain.train.saved import evaluate_run
+
+    rows = evaluate_run(run, step)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(
+            f"step {row['step']}  {row['set']}: loss {row['loss']:.6f}  perplexity {row['perplexity']:.4f}  "
+            f"nats/byte {row['nats_per_byte']:.6f}  ({row['num_tokens']:,} tokens)"
+        )
+
+
+@app.command(epilog='Example: llmtrain generate runs/demo_cosine --prompt "def main(" --temperature 0')
+def generate(
+    run: RunDir,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    step: Step = None,
+) -> None:
+    """Let a checkpoint go on from a prompt."""
+    from llmtrain.train.saved import generate as generate_text
+
+    shown = ""
+    for text in generate_text(run, prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, step=step):
+        if text.startswith(shown):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+@app.command(epilog="Example: llmtrain compare runs/demo_cosine runs/demo_linear --png runs/demo.png")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    png: Annotated[Path | None, typer.Option(help="Write loss and learning rate curves to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank runs by final validation loss, where they may be ranked."""
+    from llmtrain.study.compare import as_json as comparison_json
+    from llmtrain.study.compare import compare as compare_runs
+
+    comparison = compare_runs(runs)
+    if png is not None:
+        from llmtrain.study.figures import loss_and_lr
+
+        loss_and_lr(comparison.runs, png)
+    result = comparison_json(comparison)
+    if as_json:
+        print(json.dumps(result))
+        return
+    _print_comparison(result)
+    if png is not None:
+        print(f"wrote {png}")
+
+
+def _prepare_command(config: Path, overrides: list[str] | None) -> str:
+    """The command that prepares the data of a config as it is overridden."""
+    extra = "".join(f" --set {shlex.quote(text)}" for text in overrides or [] if text.startswith(("data.", "model.")))
+    return f"llmtrain prepare --config {config}{extra}"
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=None if result["ranked"] else "NOT RANKED: these runs cannot be compared")
+    table.add_column("run", no_wrap=True)
+    for name in ("schedule", "tokens", "val loss", "perplexity", "nats/byte", "tokens/s"):
+        table.add_column(name, justify="right" if name != "schedule" else "left", no_wrap=True)
+    for run in result["runs"]:
+        speed = "" if run["tokens_per_s"] is None else f"{run['tokens_per_s']:,.0f}"
+        mark = "" if run["decayed"] else " (not annealed)"
+        numbers = (f"{run['loss']:.4f}", f"{run['perplexity']:.2f}", f"{run['nats_per_byte']:.4f}", speed)
+        table.add_row(run["run"], run["schedule"] + mark, f"{run['tokens']:,}", *numbers)
+    for name, baseline in result["baselines"].items():
+        table.add_row(f"({name})", "", "", "", f"{baseline['perplexity']:.2f}", f"{baseline['nats_per_byte']:.4f}", "")
+    console = Console()
+    console.print(table)
+    for mismatch in result["mismatches"]:
+        console.print(mismatch, markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 a mistake of the user, 3 training diverged."""
+    try:
+        app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
+    except LlmtrainError as error:
+        if _speaks():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one of its node that tells the user; all ranks of a node make the same mistake."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0

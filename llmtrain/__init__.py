@@ -1,3 +1,3 @@
-"""llmtrain: pretrain LLaMA-style language models, with the learning-rate schedule as an exactly resumable experiment."""
+"""llmtrain: pretrain LLaMA-style language models; the learning-rate schedule is an exactly resumable experiment."""
 
 __version__ = "0.1.0"

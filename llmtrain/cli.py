@@ -1,7 +1,7 @@
 """The `llmtrain` command: parse, call one function, print. What a command does lives in the rooms below.
 
-Numbers for scripts go to stdout with `--json`, alone; everything else a person reads. A mistake of the user ends with one
-message and exit code 2, without a traceback, on one rank only.
+Numbers for scripts go to stdout with `--json`, alone; everything else a person reads. A mistake of the user ends with
+one message and exit code 2, without a traceback, on one rank only.
 """
 
 import json
@@ -53,7 +53,6 @@ def prepare(
         loaded.data,
         workers=workers,
         model_vocab_size=loaded.model.vocab_size,
-        seed=loaded.run.seed,
         force=force,
         command=_prepare_command(config, overrides),
     )

@@ -2,15 +2,16 @@
 how optimised, on what schedule, on which engine, how judged, how kept, how watched.
 
 Conventions: a field the user did not write has the default shown here; an unknown key is an error; nothing is repaired
-silently. Lengths carry their unit (`llmtrain.units`). The global batch is what the user states, accumulation is derived.
-Reading files, `--set` overrides and error messages live in `llmtrain.config_file`.
+silently. Lengths carry their unit (`llmtrain.units`). The global batch is what the user states, accumulation is
+derived. Reading files, `--set` overrides and error messages live in `llmtrain.config_file`.
 """
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from typing_extensions import Self
 
 from llmtrain.errors import ConfigError, did_you_mean
 from llmtrain.presets import PRESETS
@@ -250,7 +251,7 @@ class OffloadConfig(Section):
 
 
 class EngineConfig(Section):
-    """Who computes an update. A field that the chosen kind does not use is ignored, so `kind` alone switches engines."""
+    """Who computes an update. Fields the chosen kind does not use are ignored, so `kind` alone switches engines."""
 
     kind: Literal["single", "fsdp", "deepspeed"] = "single"
     precision: Literal["fp32", "bf16"] = Field(

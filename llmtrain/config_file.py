@@ -1,7 +1,7 @@
 """How is a config read, overridden, refused and written?
 
-YAML is read by the 1.2 core rules that people expect: `6e-4` is a float, `no` and `1:30` and `2026-01-01` are strings, a
-key given twice is an error. Every complaint names the dotted path, and all of them are given at once.
+YAML is read by the 1.2 core rules that people expect: `6e-4` is a float, `no` and `1:30` and `2026-01-01` are strings,
+a key given twice is an error. Every complaint names the dotted path, and all of them are given at once.
 """
 
 import re
@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError, did_you_mean
 
-
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -22,6 +21,9 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with the YAML 1.2 core schema and without silent duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        return int(str(self.construct_scalar(node)).replace("_", ""))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -41,6 +43,7 @@ for _tag, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"$"), [""])
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
 def parse_yaml(text: str, where: str) -> Any:

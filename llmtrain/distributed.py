@@ -1,8 +1,8 @@
 """Which rank am I, and what do all ranks agree on?
 
 `open_world` finds rank and size by itself under `deepspeed`, `torchrun`, `srun` and plain `python`, starts the process
-group with gloo for the CPU and NCCL for GPUs, and ends it in order. Everything ranks decide together goes through `World`,
-on CPU tensors, so that control messages never queue behind a GPU's work.
+group with gloo for the CPU and NCCL for GPUs, and ends it in order. Everything ranks decide together goes through
+`World`, on CPU tensors, so that control messages never queue behind a GPU's work.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from llmtrain.errors import EnvironmentError
 
@@ -133,13 +134,12 @@ def _meet(place: Place, device: torch.device, timeout_s: int) -> None:
     timeout = timedelta(seconds=timeout_s)
     try:
         if place.size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(
                 backend, init_method="env://", rank=place.rank, world_size=place.size, timeout=timeout
             )
     except (RuntimeError, ValueError) as error:
-        raise EnvironmentError(
-            f"rank {place.rank} of {place.size} on {socket.gethostname()} could not meet the others at "
-            f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR unset)')}:{os.environ.get('MASTER_PORT', '(unset)')}: {error}"
-        ) from error
+        address = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR unset)')}:{os.environ.get('MASTER_PORT', '(unset)')}"
+        me = f"rank {place.rank} of {place.size} on {socket.gethostname()}"
+        raise EnvironmentError(f"{me} could not meet the others at {address}: {error}") from error

@@ -83,7 +83,7 @@ class Length:
         return cls(value, "percent")
 
     def updates(self, tokens_per_update: int, horizon_updates: int = 0) -> int:
-        """Whole optimizer updates that cover this length. Percent is of `horizon_updates`; `auto` has no length here."""
+        """Whole optimizer updates that cover this length. Percent is of `horizon_updates`; `auto` is none."""
         assert self.unit != "auto", "auto is resolved by the field that allows it"
         if self.unit == "steps":
             return int(self.value)

@@ -18,7 +18,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config import ScheduleConfig
-from llmtrain.errors import ScheduleError
 from llmtrain.schedules import Schedule, catalog, plan
 from llmtrain.schedules.phases import Cooldown
 from llmtrain.schedules.warmups import WARMUPS
@@ -76,13 +75,17 @@ def parameters(name: str, W: int, T: int, floor: float) -> st.SearchStrategy[Any
         "cosine_linear": {"tail": steps(0, span), "cosine_floor": share},
         "polynomial": {"power": above},
         "inverse_sqrt": {"timescale": st.one_of(st.just("auto"), steps(1, 2 * T))},
-        "power": {"exponent": above, "knee": st.one_of(st.just("auto"), steps(1, T)), "tail": steps(0, span)},
+        "power": {"exponent": above, "knee": st.one_of(st.just("auto"), steps(max(W, 1), T)), "tail": steps(0, span)},
         "step": {"every": steps(1, T), "factor": share},
         "multistep": {"drops": drops.map(lambda two: [f"{n} steps" for n in two]), "levels": st.just([0.5, 0.2])},
         "one_cycle": {"rise": steps(0, T - 1), "start": share, "anneal": st.sampled_from(["cosine", "linear"])},
         "sgdr": {"cycles": st.integers(1, 5), "lengthen": st.floats(0.5, 2), "shrink": share},
         "wsd": {"decay": steps(0, T - W), "cooldown": some_cooldown},
-        "wsd_s": {"cycles": st.integers(1, min(4, span)), "decay_share": above.map(lambda v: v / 4), "cooldown": some_cooldown},
+        "wsd_s": {
+            "cycles": st.integers(1, min(4, span)),
+            "decay_share": above.map(lambda v: v / 4),
+            "cooldown": some_cooldown,
+        },
         "infinite": {
             "cooldown": steps(1, max(span // 2, 1)),
             "level": st.floats(max(floor, 0.2), 1),
@@ -90,8 +93,14 @@ def parameters(name: str, W: int, T: int, floor: float) -> st.SearchStrategy[Any
             "anneal": steps(0, span // 2),
             "anneal_shape": some_cooldown,
         },
-        "rewarm": {"first": split.map(lambda n: f"{W + n} steps"), "rise": steps(0, 1), "level": st.floats(max(floor, 0.1), 1)},
-        "piecewise": {"knots": st.lists(share, min_size=1, max_size=5).map(lambda v: [[f"{i} steps", y] for i, y in enumerate(v)])},
+        "rewarm": {
+            "first": split.map(lambda n: f"{W + n} steps"),
+            "rise": steps(0, 1),
+            "level": st.floats(max(floor, 0.1), 1),
+        },
+        "piecewise": {
+            "knots": st.lists(share, min_size=1, max_size=5).map(lambda v: [[f"{i} steps", y] for i, y in enumerate(v)])
+        },
         "refined": {"norms": st.lists(st.floats(0.1, 10), min_size=2, max_size=30), "smooth": share},
         "chain": {
             "pieces": split.map(
@@ -172,7 +181,7 @@ def rising(shape: str, start: float, x: float) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_every_schedule_keeps_its_promises(name: str, data: st.DataObject) -> None:
     """Else some length, floor or warm-up trains at a rate that is negative, above the peak, or off its formula."""
@@ -225,15 +234,22 @@ def test_slope_is_bounded(name: str) -> None:
 
 def test_linear_and_cosine_are_the_published_formulas() -> None:
     """Else the two schedules of every paper would not be those of the paper, to the last digit."""
-    for peak, W, T, m in [(1e-6, 2, 10, 0.0), (10.0, 100, 10000, 0.1), (3e-4, 0, 100, 0.0), (3e-4, 95, 100, 0.1), (1.0, 1, 1, 0.0)]:
+    for peak, W, T, m in [
+        (1e-6, 2, 10, 0.0),
+        (10.0, 100, 10000, 0.1),
+        (3e-4, 0, 100, 0.0),
+        (3e-4, 95, 100, 0.1),
+        (1.0, 1, 1, 0.0),
+    ]:
         for name in ("linear", "cosine"):
             s = make(name, f"{W} steps", f"{T} steps", peak=peak, floor=m)
+            f = s.multipliers(range(T + 3))
             for k in range(T + 3):
                 x = min((k - W) / max(T - W, 1), 1)
                 g = 1 - x if name == "linear" else (1 + math.cos(math.pi * x)) / 2
                 expected = k / W if k < W else m + (1 - m) * g
-                assert abs(s(k) - expected) <= 1e-15
-                assert abs(s.lr(k) - peak * expected) <= 1e-15 * max(1, peak)
+                assert abs(f[k] - expected) <= 1e-15
+            assert s.lr(T // 2) == peak * f[T // 2]
 
 
 def test_first_update_is_not_wasted_and_peak_comes_once() -> None:
@@ -264,209 +280,3 @@ def test_import_brings_no_torch() -> None:
     code = "import sys, llmtrain.schedules, llmtrain.schedules.adapters; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_token_horizon_is_exact_over_tokens() -> None:
-    """Else a curve written in tokens would drift from the tokens the run has seen."""
-    s = make("linear", warmup="0 steps", horizon="1000 tokens", tokens=300, floor=0.0)
-    assert s.total_updates == 4
-    assert s.multipliers([0, 1, 2, 3, 4, 5]).tolist() == [1.0, 1 - 300 / 1000, 1 - 600 / 1000, 1 - 900 / 1000, 0.0, 0.0]
-    big = make("linear", warmup="1%", horizon="100T tokens", tokens=4 * 2**20, floor=0.0)
-    k = 12_345_678
-    assert big(k) == 1 - (k * 4 * 2**20 - 10**12) / (10**14 - 10**12)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    name=st.sampled_from(["cosine", "linear", "wsd", "multistep", "inverse_sqrt"]),
-    tokens=st.integers(1, 5000),
-    after=st.integers(0, 80),
-)
-def test_changing_the_batch_leaves_the_curve_over_tokens_alone(name: str, tokens: int, after: int) -> None:
-    """Else doubling the global batch in mid-run would bend a schedule that was written in tokens."""
-    s = make(name, warmup=f"{10 * tokens} tokens", horizon=f"{100 * tokens} tokens", tokens=tokens)
-    doubled = s.with_batch(after, 2 * tokens)
-    for k in range(after + 1):
-        assert doubled(k) == s(k)
-    for j in range(1, 60):
-        assert doubled(after + j) == s(after + 2 * j)
-    assert doubled.total_updates == after + math.ceil((100 - after) / 2)
-    assert Schedule.from_spec(doubled.spec) == doubled != s
-    again = doubled.with_batch(after + 3, tokens)
-    assert [again(after + 3 + j) for j in range(90)] == [s(after + 6 + j) for j in range(90)]
-
-
-def test_step_horizon_ignores_the_batch() -> None:
-    """Else a schedule written in steps would change its hash, and refuse a resume, for a batch it does not depend on."""
-    s = make("cosine", warmup="10 steps", tokens=1000)
-    assert s.with_batch(5, 2000) == s
-    assert make("cosine", warmup="10 steps", tokens=2000) == s
-
-
-def test_lengths_convert_between_units() -> None:
-    """Else "1%", "8B tokens" and "2000 steps" would not mean the same length."""
-    in_steps = make("wsd", "2050 tokens", "1000 steps", tokens=1000, decay="10%")
-    assert in_steps.warmup_updates == 3 and in_steps(900) == 1 > in_steps(901)
-    in_tokens = make("wsd", "3 steps", "1M tokens", tokens=1000, decay="100 steps")
-    assert in_tokens.warmup_updates == 3 and in_tokens(900) == 1 > in_tokens(901)
-    assert make("cosine", "0.1%", "1000 steps").warmup_updates == 1
-
-
-def test_automatic_warmup_follows_beta2() -> None:
-    """Else `warmup: auto` would be a step short by rounding, or eat a short run."""
-    for beta2, T, expected in [(0.95, 1000, 40), (0.98, 10**4, 100), (0.999, 10**5, 2000), (0.95, 10**6, 10**4), (0.999, 1000, 100)]:
-        config = ScheduleConfig(name="cosine", peak=1.0, warmup="auto", horizon=f"{T} steps")
-        assert plan(config, 1000, beta2).warmup_updates == expected
-    tokens = ScheduleConfig(name="cosine", peak=1.0, warmup="auto", horizon="1M tokens")
-    assert plan(tokens, 1000, 0.95).warmup_updates == 40
-
-
-def test_decayed_means_annealed() -> None:
-    """Else a report would rank a loss at a high learning rate against annealed ones."""
-    cosine = make("cosine", "10 steps")
-    assert [cosine.decayed(k) for k in (1, 10, 99, 100, 101)] == [False, False, False, True, True]
-    assert not make("constant").decayed(100) and not make("inverse_sqrt", "10 steps").decayed(100)
-    assert not make("cosine", floor=1.0).decayed(100)
-    assert not make("infinite").decayed(100) and make("infinite", anneal="10%").decayed(100)
-    assert [make("wsd_s", cycles=2).decayed(k) for k in (49, 50, 51, 100)] == [False, True, False, True]
-    assert [make("multistep").decayed(k) for k in (89, 90, 91)] == [False, False, True]
-    assert make("cosine", "10 steps", convention="hf").decayed(100)
-    warming = make("linear", "50 steps", floor=0.1)
-    assert warming(5) == 0.1 and not warming.decayed(5)
-
-
-@pytest.mark.parametrize(
-    ("keys", "wanted"),
-    [
-        ({"name": "cosin"}, 'did you mean "cosine"'),
-        ({"name": "cosine", "exponant": 2.0}, 'did you mean "exponent"'),
-        ({"name": "cosine", "exponent": "2"}, "schedule.exponent is '2', wanted float"),
-        ({"name": "cosine", "exponent": 0.0}, "above 0"),
-        ({"name": "wsd", "decay": 200}, 'write "200 steps"'),
-        ({"name": "wsd", "decay": "95%", "warmup": "10%"}, "shorten one of them"),
-        ({"name": "wsd", "cooldown": "squared"}, 'did you mean "square"'),
-        ({"name": "wsd", "cooldown": "harmonic", "floor": 0.0}, "floor above 0"),
-        ({"name": "exponential", "floor": 0.0}, "floor above 0"),
-        ({"name": "cosine", "warmup_shape": "linaer"}, 'did you mean "linear"'),
-        ({"name": "cosine", "warmup_start": 2.0}, "from 0 to 1"),
-        ({"name": "cosine", "warmup_shape": "geometric"}, "warmup_start above 0"),
-        ({"name": "cosine", "convention": "HF"}, "known: deepspeed"),
-        ({"name": "rewarm", "convention": "hf"}, "convention hf has no schedule rewarm"),
-        ({"name": "cosine", "convention": "hf", "horizon": "1M tokens"}, "horizon in steps"),
-        ({"name": "piecewise", "knots": None}, "wanted pairs"),
-        ({"name": "piecewise", "knots": [["5 steps", 1.0], ["5 steps", 0.0]]}, "must rise"),
-        ({"name": "piecewise", "knots": "no_such.csv"}, "cannot read no_such.csv"),
-        ({"name": "piecewise", "warmup": "5 steps"}, "its own warm-up"),
-        ({"name": "refined", "norms": [1.0, 0.0]}, "above 0"),
-        ({"name": "chain", "pieces": [{"name": "linear"}, {"name": "linear"}]}, "only the last piece"),
-        ({"name": "chain", "pieces": [{"name": "linear", "length": "50%"}]}, "the lengths must together"),
-        ({"name": "multistep", "drops": ["90%", "80%"]}, "must rise"),
-        ({"name": "cosine", "warmup": "2000 tokens", "horizon": "1 steps"}, "is longer than"),
-        ({"name": "cosine", "module": "no_such.py"}, "there is no file"),
-    ],
-)
-def test_a_mistake_is_refused_with_its_remedy(keys: dict[str, Any], wanted: str) -> None:
-    """Else a typo would run for days on a default, or end in a traceback."""
-    name = keys["name"]
-    with pytest.raises(ScheduleError, match=None) as caught:
-        make(**{**NEEDED.get(name, {}), **keys})
-    assert wanted in str(caught.value)
-
-
-@pytest.mark.parametrize("missing", ["piecewise", "refined", "chain"])
-def test_required_parameter_is_asked_for(missing: str) -> None:
-    """Else a schedule without its knots, norms or pieces would fail later, in the middle of a run."""
-    with pytest.raises(ScheduleError, match=f"{missing} needs"):
-        plan(ScheduleConfig(name=missing, peak=1.0, horizon="10 steps"), 1)
-
-
-def test_damaged_spec_is_refused() -> None:
-    """Else a checkpoint of another version would go on with another learning rate."""
-    good = make("cosine", "10 steps").spec
-    bad: list[Any] = [
-        {**good, "name": "nosuch"},
-        {**good, "version": 2},
-        {**good, "extra": 1},
-        {**good, "params": {**good["params"], "extra": 1}},
-        {**good, "params": {**good["params"], "shape": {"exponent": 1.0, "theta": 1.0, "x": 2}}},
-        {**good, "params": {**good["params"], "shape": {"exponent": 1.0}}},
-        {**good, "params": {**good["params"], "warmup": 200}},
-        {**good, "params": {**good["params"], "warmup": "10"}},
-        {**good, "params": {**good["params"], "unit": "epochs"}},
-        {**good, "params": {**good["params"], "clock": [[0, 0, 1]]}},
-        {**good, "params": []},
-        {"name": "extend", "version": 1, "params": {"before": good, "at": 3}},
-        [],
-    ]
-    for spec in bad:
-        with pytest.raises(ScheduleError):
-            Schedule.from_spec(spec)
-
-
-def test_knots_and_norms_come_from_files(tmp_path: Any) -> None:
-    """Else a curve drawn in a spreadsheet, or the log of a pilot run, could not be trained on."""
-    table = tmp_path / "knots.csv"
-    table.write_text("percent, multiplier\n0,0\n10,1\n100,0.5\n")
-    s = make("piecewise", knots=str(table), floor=0.0)
-    assert s.multipliers([0, 5, 10, 55, 100, 200]).tolist() == [0, 0.5, 1, 0.75, 0.5, 0.5]
-    table.unlink()
-    assert Schedule.from_spec(s.spec)(55) == 0.75
-    held = make("piecewise", knots=[["0 steps", 1.0], ["10 steps", 0.5]], between="hold", floor=0.0)
-    assert held.multipliers([9, 10, 11]).tolist() == [1, 0.5, 0.5]
-    log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps({"update": k, "grad_norm": 2.5}) + "\n" for k in range(1, 500)) + '{"val": 1}\n')
-    flat = make("refined", norms=str(log), floor=0.0)
-    assert flat.multipliers(range(101)) == pytest.approx(1 - np.arange(101) / 100, abs=1e-12)
-
-
-def test_refined_rises_where_gradients_shrink() -> None:
-    """Else refinement would not find the warm-up that a pilot run's early, large gradients ask for."""
-    s = make("refined", norms=[5.0] * 10 + [1.0] * 90, smooth=0.0, horizon="1000 steps", floor=0.0)
-    assert s(50) < 0.3 < s(105) and s.multipliers(range(1001)).max() == pytest.approx(1.0, abs=0.02)
-    sgd = make("refined", norms=[5.0] * 10 + [1.0] * 90, smooth=0.0, horizon="1000 steps", floor=0.0, optimizer="sgd")
-    assert sgd(50) < s(50) / 3
-
-
-def test_chain_joins_pieces_at_their_levels() -> None:
-    """Else DeepSeek-V3's constant, cosine and two constants could not be written."""
-    pieces = [
-        {"name": "constant", "length": "60 steps"},
-        {"name": "cosine", "length": "20 steps", "end": 0.1},
-        {"name": "constant", "length": "10 steps"},
-        {"name": "constant", "start": 0.03},
-    ]
-    s = make("chain", "5 steps", "105 steps", pieces=pieces, floor=0.0)
-    assert s.multipliers([5, 65, 75, 85, 95, 96, 105]) == pytest.approx([1, 1, 0.55, 0.1, 0.1, 0.03, 0.03], abs=1e-15)
-    assert s(65) == 1 and s(85) == 0.1 and s.decayed(105)
-
-
-def test_users_file_adds_a_schedule(tmp_path: Any) -> None:
-    """Else a new shape would need a change to llmtrain."""
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from llmtrain.schedules import Progress, Units, register_schedule\n"
-        "@register_schedule('test_square')\n"
-        "def square(at: Progress, *, power: float = 2.0, wait: Units = '10%'):\n"
-        "    return 1 - at.x**power\n"
-    )
-    s = make("test_square", "10 steps", module=str(file), power=3.0, floor=0.5)
-    assert s(10) == 1.0 and s(55) == 0.5 + 0.5 * (1 - 0.125) and s(100) == 0.5
-    assert s.spec["params"]["shape"] == {"power": 3.0, "wait": 10} and "module" not in s.canonical
-    make("test_square", "10 steps", module=str(file))
-    for text, wanted in [
-        ("1/0", "ZeroDivisionError"),
-        ("from llmtrain.schedules import register_schedule\n@register_schedule('cosine')\ndef f(at): return at.x\n", "exists"),
-        ("from llmtrain.schedules import register_schedule\n@register_schedule('t2')\ndef f(at, p=1.0): return at.x\n", "keyword"),
-    ]:
-        file.write_text(text)
-        with pytest.raises(ScheduleError, match=wanted):
-            make("cosine", module=str(file))
-
-
-def test_every_schedule_documents_itself() -> None:
-    """Else `schedule list` would show names without formula, source or parameters."""
-    for shape in catalog():
-        if not shape.name.startswith("test_"):
-            assert "=" in shape.doc or "cosine" in shape.doc or "Shapes" in shape.doc or "Stable" in shape.doc, shape.name
-            for name in shape.parameters:
-                assert f"{name}" in shape.doc, (shape.name, name)

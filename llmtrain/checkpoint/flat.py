@@ -1,8 +1,8 @@
 """How does flat state lie on disk?
 
 Each rank writes one safetensors file, `rank_00000.safetensors`, with the slices it owns: 1-D fp32 tensors named
-`kind/parameter/start`, for example `exp_avg/blocks.0.attention.wq.weight/524288`. A file says by itself what it holds, so
-any engine on any number of ranks reads just the ranges it needs, by memory map, and nothing is gathered or unpickled.
+`kind/parameter/start`, for example `exp_avg/blocks.0.attention.wq.weight/524288`. A file says by itself what it holds,
+so any engine on any number of ranks reads just the ranges it needs, by memory map; nothing is gathered or unpickled.
 Format: https://huggingface.co/docs/safetensors.
 """
 

@@ -1,8 +1,8 @@
 """Which checkpoints does a run have, and which of them can be trusted?
 
-A checkpoint is a folder `step_00001000/`: the ranks' files, `state.json`, and `manifest.json` with the size and hash of each.
-It is written beside, synced to disk, and published by one rename; `latest` follows, by write and rename. So a folder
-that carries the final name is whole, unless the disk lied, and that the hashes tell. Every method is collective.
+A checkpoint is a folder `step_00001000/`: the ranks' files, `state.json`, and `manifest.json` with the size and hash of
+each. It is written beside, synced to disk, and published by one rename; `latest` follows, by write and rename. So a
+folder that carries the final name is whole, unless the disk lied, and that the hashes tell. Every method is collective.
 """
 
 import json
@@ -38,7 +38,7 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, flat: FlatState, state: dict[str, Any]) -> str | None:
-        """Publish a checkpoint of `flat.update`. Returns None, or on every rank what went wrong; nothing older is lost."""
+        """Publish a checkpoint of `flat.update`. Returns None, or what went wrong, on every rank; older ones stay."""
         final = self.folder / f"step_{flat.update:08d}"
         temporary = final.with_name(final.name + ".tmp")
         if self.world.any(self.world.first and final.exists()):
@@ -77,7 +77,7 @@ class CheckpointStore:
         return None, rejected
 
     def fault(self, path: Path) -> str:
-        """What is wrong with a checkpoint, by file name; empty where nothing is. Each rank hashes its share of the files."""
+        """What is wrong with a checkpoint, by file name; empty where nothing is. Ranks share the hashing."""
         entries, found = _manifest(path)
         for entry in entries[self.world.rank :: self.world.size]:
             file = path / entry["file"]

@@ -87,14 +87,14 @@ def prepare(
 
 
 def _settings(config: DataConfig, given: Tokenizer | None, seed: int) -> dict[str, Any]:
-    """Everything in the config that decides the tokens."""
+    """Everything that decides the tokens, besides the text itself."""
+    tokenizer = config.tokenizer.model_dump(mode="json") | {"sample_seed": seed}
     return {
         "format": 1,
         "source": config.source.model_dump(mode="json"),
-        "tokenizer": {"kind": "model", "hash": given.hash} if given else config.tokenizer.model_dump(mode="json"),
+        "tokenizer": {"kind": "model", "hash": given.hash} if given else tokenizer,
         "validation_fraction": config.validation_fraction,
         "shard_bytes": config.shard_bytes,
-        "seed": seed,
     }
 
 

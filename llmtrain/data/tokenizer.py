@@ -10,6 +10,7 @@ Training is a function of the sampled text alone, so the same corpus and seed gi
 import heapq
 import io
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -135,9 +136,11 @@ def train_tokenizer(texts: Sequence[str], config: TrainedTokenizer) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
+        limit = re.search(r"a value <= (\d+)", str(error))
+        advice = f"to {limit[1]} or less" if limit else f"({str(error).strip().splitlines()[-1]})"
         raise DataError(
-            f"a tokenizer of {config.vocab_size} pieces cannot be trained on {sum(map(len, texts))} characters of "
-            f"text: {str(error).strip().splitlines()[-1]} Lower data.tokenizer.vocab_size or give more text"
+            f"{sum(map(len, texts))} characters of text are too few for a tokenizer of {config.vocab_size} pieces: "
+            f"lower data.tokenizer.vocab_size {advice}, or give more text"
         ) from None
     return model.getvalue()
 

@@ -1,9 +1,9 @@
 """What does the trainer ask of an engine, and what is the state of a run?
 
-The unit is the whole update. The loss is summed cross-entropy over valid tokens divided by the valid tokens of the whole
-global batch. State is flat: for each parameter, by its canonical name, the range of its flattened elements that this
-rank holds, as fp32 weight and moments. A dim-0 FSDP2 shard is such a range and so is a ZeRO fragment, which is why one
-checkpoint serves every engine on any number of ranks.
+The unit is the whole update. The loss is summed cross-entropy over valid tokens divided by the valid tokens of the
+whole global batch. State is flat: for each parameter, by its canonical name, the range of its flattened elements that
+this rank holds, as fp32 weight and moments. A dim-0 FSDP2 shard is such a range and so is a ZeRO fragment, which is why
+one checkpoint serves every engine on any number of ranks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 from llmtrain.config import Config, OptimConfig
 from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
-from llmtrain.model.decoder import Decoder
+from llmtrain.model.decoder import Block, Decoder
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 
@@ -153,6 +153,7 @@ def prepare_blocks(model: Decoder, config: Config) -> None:
     choice = config.engine.activation_checkpointing
     every = {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
     for index, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
         block.recompute = bool(every) and index % every == 0
         if config.engine.compile:
             block.compile()

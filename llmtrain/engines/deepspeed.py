@@ -167,7 +167,7 @@ class DeepSpeedEngine:
         )
 
     def _replicated_norm(self) -> Tensor | None:
-        """The gradient norm of stage 0, which DeepSpeed does not tell: once gradients are complete, before they are clipped."""
+        """The gradient norm of stage 0, which DeepSpeed does not tell; once gradients are complete, before the clip."""
         if not self.engine.is_gradient_accumulation_boundary():
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])

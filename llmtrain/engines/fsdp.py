@@ -1,8 +1,9 @@
 """FSDP2: parameters, gradients and moments sharded over the ranks, each block gathered when it is needed.
 
 `fully_shard` per block and once for the rest; fp32 sharded parameters are the masters; compute in bf16 where asked;
-gradients are reduced in fp32 and accumulate there. With `engine.shard_ranks` the ranks form a mesh of copies, each sharded
-over so many ranks (HSDP). Zhao 2023, arXiv:2304.11277, and the torch.distributed.fsdp.fully_shard documentation.
+gradients are reduced in fp32 and accumulate there. With `engine.shard_ranks` the ranks form a mesh of copies, each
+sharded over so many ranks (HSDP). Zhao 2023, arXiv:2304.11277, and the torch.distributed.fsdp.fully_shard
+documentation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -140,9 +141,7 @@ def _mesh(config: Config, world: World) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     if world.size % shards:
         raise ConfigError(f"engine.shard_ranks {shards} does not divide the {world.size} ranks")
-    return init_device_mesh(
-        world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def _local(tensor: Any) -> Tensor:

@@ -52,7 +52,7 @@ class SingleEngine:
             self.masters = {name: torch.empty_like(p, requires_grad=True) for name, p in self.masters.items()}
             self.model.to(torch.bfloat16)
             for name, parameter in self.model.named_parameters():
-                parameter.register_post_accumulate_grad_hook(_folding_into(self.masters[name]))
+                parameter.register_post_accumulate_grad_hook(_folding_into(self.masters[name]))  # type: ignore[no-untyped-call]
         prepare_blocks(self.model, config)
         self.optimizer = build_adamw(self.masters.items(), config.optim)
         self.updates = 0

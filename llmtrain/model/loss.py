@@ -69,7 +69,8 @@ def chunk_tokens(tokens: int, vocab_size: int, device_type: str) -> int:
     weight's gradient.
     """
     limit = 2**21 if device_type == "cpu" else 2**27
-    chunks = max(1, -(-tokens * vocab_size // limit))
+    most = max(1, limit // vocab_size)
+    chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
 
 

@@ -8,7 +8,7 @@ of the horizon, and `auto` is the length of the warm-up.
 import numpy as np
 
 from llmtrain.errors import ScheduleError
-from llmtrain.schedules.exact import FloatArray, half_cosine_wave, power, raised
+from llmtrain.schedules.exact import FloatArray, half_cosine_wave, power_of, to_power
 from llmtrain.schedules.registry import Progress, Units, register_schedule
 
 
@@ -38,7 +38,7 @@ def cosine(at: Progress, *, exponent: float = 1.0, theta: float = 1.0) -> FloatA
     exponent: above 1 falls earlier (optax). theta: above 1 holds the peak longer (Zhang 2020, arXiv:2004.05909).
     """
     wanted_above_zero(exponent=exponent, theta=theta)
-    return power(half_cosine_wave(power(at.x, theta)), exponent)
+    return to_power(half_cosine_wave(to_power(at.x, theta)), exponent)
 
 
 @register_schedule("half_cosine")
@@ -75,12 +75,9 @@ def cosine_linear(at: Progress, *, tail: Units = "10%", cosine_floor: float = 0.
 
 @register_schedule("polynomial")
 def polynomial(at: Progress, *, power: float = 2.0) -> FloatArray:
-    """g = (1 - x) ** power. Of old BERT and Megatron; power = 2 beta - 1 in Li 2026, arXiv:2602.06797."""
+    """g = (1 - x) ** power. power: above 0; 2 beta - 1 in Li 2026, arXiv:2602.06797."""
     wanted_above_zero(power=power)
-    return _power(1.0 - at.x, power)
-
-
-_power = power
+    return to_power(1.0 - at.x, power)
 
 
 @register_schedule("exponential", absolute=True)
@@ -88,7 +85,7 @@ def exponential(at: Progress) -> FloatArray:
     """f = m ** x: the same factor every update, down to the floor m, which must be above 0."""
     if at.floor == 0:
         raise ScheduleError("schedule exponential multiplies down to its floor: write a floor above 0, such as 0.01")
-    return raised(at.floor, at.x)
+    return power_of(at.floor, at.x)
 
 
 @register_schedule("inverse_sqrt", ends="open")
@@ -102,7 +99,7 @@ def inverse_sqrt(at: Progress, *, timescale: Units = "auto") -> FloatArray:
     return np.sqrt(shrunk)
 
 
-@register_schedule("power", absolute=True)
+@register_schedule("power", absolute=True, ends="open")
 def power_law(at: Progress, *, exponent: float = 0.51, knee: Units = "auto", tail: Units = "10%") -> FloatArray:
     """f = min(1, (p / knee) ** -exponent) at position p from the start of the run, then a straight line to m.
 
@@ -111,9 +108,11 @@ def power_law(at: Progress, *, exponent: float = 0.51, knee: Units = "auto", tai
     warm-up. tail: length of the closing line; 0 for none, then f ends where the law is, at least at m.
     """
     wanted_above_zero(exponent=exponent, knee=knee)
+    if knee < at.warmup:
+        raise ScheduleError(f"schedule.knee ({knee}) lies inside the warm-up ({at.warmup})")
     start = at.span - min(tail, at.span)
     reached: FloatArray = (np.minimum(at.t, start) + at.warmup) / knee
-    law = _power(np.maximum(reached, 1.0), -exponent)
+    law = to_power(np.maximum(reached, 1.0), -exponent)
     law = at.floor + (1.0 - at.floor) * law
     if start == at.span:
         return law

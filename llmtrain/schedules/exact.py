@@ -29,12 +29,12 @@ def half_cosine_wave(x: FloatArray) -> FloatArray:
     return value
 
 
-def power(x: FloatArray, exponent: float) -> FloatArray:
+def to_power(x: FloatArray, exponent: float) -> FloatArray:
     """x ** exponent; the array itself where the exponent is 1."""
     return x if exponent == 1 else np.fromiter(map(math.pow, x.tolist(), repeat(exponent)), np.float64, x.size)
 
 
-def raised(base: float, x: FloatArray) -> FloatArray:
+def power_of(base: float, x: FloatArray) -> FloatArray:
     """base ** x."""
     return np.fromiter(map(math.pow, repeat(base), x.tolist()), np.float64, x.size)
 

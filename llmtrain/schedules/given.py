@@ -100,7 +100,7 @@ def piecewise(at: Progress, *, knots: Knots, between: Literal["linear", "hold"] 
     """g through the knots (p, level): straight lines between them, or each level held until the next knot.
 
     knots: pairs of a length from the start of the run and a multiplier 0 to 1, or a CSV file (`read_knots`). The knots
-    draw the warm-up too. Levels outside the first and last knot are theirs.
+    draw the warm-up too; outside of them their first and last levels hold. between: linear or hold.
     """
     no_warmup(at, "piecewise")
     return interpolate(at.t, [place for place, _ in knots], [level for _, level in knots], between == "hold")
@@ -114,7 +114,7 @@ def refined(
 
     Defazio 2023, arXiv:2310.07831: refined from the gradient norms G of a pilot run, smoothed by a running median.
     Equal norms give the straight line 1 - x. The warm-up comes out of the norms. norms: see `read_norms`; for adam the
-    paper takes 1-norms. smooth: width of the median, a share of the run, 0 to 1.
+    paper takes 1-norms. optimizer: adam or sgd. smooth: width of the median, a share of the run, 0 to 1.
     """
     no_warmup(at, "refined")
     wanted_level("smooth", smooth)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from llmtrain.errors import ScheduleError
-from llmtrain.schedules.exact import FloatArray, half_cosine_wave, raised
+from llmtrain.schedules.exact import FloatArray, half_cosine_wave, power_of
 from llmtrain.schedules.registry import Progress, Units, UnitsList, register_schedule
 
 Cooldown = Literal["linear", "1-sqrt", "cosine", "mirror-cosine", "square", "exponential", "harmonic", "half-life"]
@@ -28,7 +28,7 @@ def cooldown_curve(shape: str, y: FloatArray, floor: float, start: float = 1.0) 
                 f"a cooldown of shape {shape} needs a floor above 0, such as 0.01: to 0 it drops at once"
             )
         if shape == "exponential":
-            value = start * raised(floor / start, y)
+            value = start * power_of(floor / start, y)
         else:
             value = 1.0 / (y / floor + (1.0 - y) / start)
         return np.where(y == 0, start, np.where(y == 1, floor, value))
@@ -44,7 +44,7 @@ def cooldown_curve(shape: str, y: FloatArray, floor: float, start: float = 1.0) 
         fall = 1.0 - y * y
     else:
         assert shape == "half-life", shape
-        fall = 2.0 * raised(0.5, y) - 1.0
+        fall = 2.0 * power_of(0.5, y) - 1.0
     return floor + (start - floor) * fall
 
 
@@ -62,11 +62,14 @@ def no_warmup(at: Progress, name: str) -> None:
 
 @register_schedule("step", ends="level")
 def step(at: Progress, *, every: Units = "30%", factor: float = 0.1) -> FloatArray:
-    """g = factor ** n after n whole lengths of `every` past the warm-up. torch's StepLR. It ends at its last level."""
+    """g = factor ** n after n whole lengths of `every` past the warm-up. torch's StepLR. It ends at its last level.
+
+    every: length. factor: of each drop, 0 to 1.
+    """
     wanted_level("factor", factor)
     if every < 1:
         raise ScheduleError("schedule.every is 0, wanted a length")
-    return raised(factor, np.maximum(np.ceil(at.t / every) - 1.0, 0.0))
+    return power_of(factor, np.maximum(np.ceil(at.t / every) - 1.0, 0.0))
 
 
 @register_schedule("multistep", ends="level")
@@ -81,7 +84,7 @@ def multistep(
     The defaults are DeepSeek-LLM's (arXiv:2401.02954). drops: lengths from the start of the run, rising. levels: one
     multiplier for each, never rising.
     """
-    if len(drops) != len(levels) or sorted(set(drops)) != drops or sorted(levels, reverse=True) != levels:
+    if len(drops) != len(levels) or sorted(drops) != drops or sorted(levels, reverse=True) != levels:
         raise ScheduleError(
             f"schedule: drops {drops} must rise, and have one of the levels {levels}, which must not rise"
         )
@@ -100,7 +103,7 @@ def one_cycle(
     """Half a cosine wave (or a line) from `start` up to 1 at `rise`, then down to m at the horizon.
 
     Smith & Topin 2017, arXiv:1708.07120; torch's OneCycleLR has start 1/25 and m = start/1e4. It has no other warm-up.
-    rise: length; the top comes before the horizon. start: multiplier.
+    rise: length; the top comes before the horizon. start: multiplier. anneal: the curve of both.
     """
     no_warmup(at, "one_cycle")
     wanted_level("start", start)
@@ -155,11 +158,13 @@ def wsd_s(
     """Stable and decay, again and again, each going on from the decayed weights and jumping back to the peak.
 
     Wen 2024, arXiv:2410.05192. Every cycle's last update is at exactly m, the next one at 1. ends: lengths from the
-    start of the run at which a decayed model is wanted, besides the horizon; without them there are `cycles` equal
-    ones. decay_share: of each cycle, above 0, to 1. cooldown: see `cooldown_curve`; the paper's is harmonic.
+    start of the run at which a decayed model is wanted, besides the horizon. cycles: how many equal ones where no ends
+    are written. decay_share: of each cycle, above 0, to 1. cooldown: see `cooldown_curve`; the paper's is harmonic.
     """
-    if not 0 < decay_share <= 1 or not 1 <= cycles <= at.span:
-        raise ScheduleError(f"schedule: decay_share {decay_share:g} must be above 0 to 1, cycles {cycles} at least 1")
+    if not 0 < decay_share <= 1:
+        raise ScheduleError(f"schedule.decay_share is {decay_share:g}, wanted a share of each cycle, above 0 to 1")
+    if not ends and not 1 <= cycles <= at.span:
+        raise ScheduleError(f"schedule.cycles is {cycles}, wanted 1 to the {at.span} left after the warm-up")
     inner = [end - at.warmup for end in ends] or [at.span * j // cycles for j in range(1, cycles)]
     edges = np.array([0, *inner, at.span], np.float64)
     if np.any(np.diff(edges) <= 0):
@@ -212,7 +217,10 @@ def rewarm(at: Progress, *, first: Units = "50%", rise: Units = "1%", level: flo
     wanted_level("level", level)
     end = first - at.warmup
     if end < 1 or end + rise >= at.span or level < at.floor:
-        raise ScheduleError("schedule rewarm: warm-up, first and rise must follow one another before the horizon")
+        raise ScheduleError(
+            f"schedule rewarm: warm-up ({at.warmup}), first ({first}) and rise ({rise}) must follow one another, "
+            f"before the horizon ({at.warmup + at.span}), and level {level:g} not be below the floor {at.floor:g}"
+        )
     old = cooldown_curve("cosine", np.minimum(at.t / end, 1.0), at.floor)
     up = at.floor + (level - at.floor) * np.clip((at.t - end) / max(rise, 1), 0.0, 1.0)
     new = cooldown_curve("cosine", np.maximum(at.t - end - rise, 0.0) / (at.span - end - rise), at.floor, level)

@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -147,11 +147,14 @@ def catalog() -> list[Shape]:
     return [_SHAPES[name] for name in sorted(_SHAPES)]
 
 
-def read_parameters(shape: Shape, written: dict[str, Any], scale: Scale, where: str = "schedule") -> dict[str, Any]:
-    """All parameters of `shape` in the form the spec keeps, defaults filled in."""
+def read_parameters(
+    shape: Shape, written: dict[str, Any], scale: Scale, where: str = "schedule", also: Iterable[str] = ()
+) -> dict[str, Any]:
+    """All parameters of `shape` in the form the spec keeps, defaults filled in. `also`: other keys known there."""
     for key in written:
         if key not in shape.parameters:
-            raise ScheduleError(f'{where}: {shape.name} has no parameter "{key}"{did_you_mean(key, shape.parameters)}')
+            hint = did_you_mean(key, [*shape.parameters, *also])
+            raise ScheduleError(f'{where}: {shape.name} has no parameter "{key}"{hint}')
     values = {}
     for name, parameter in shape.parameters.items():
         if name not in written and parameter.required:

@@ -52,7 +52,8 @@ def continues(saved: Schedule, configured: Schedule) -> bool:
 
 def refusal(saved: Schedule, configured: Schedule, at: int) -> str:
     """Why a run saved after update `at` does not go on: both sides in columns, the LR at the join, and the ways on."""
-    rows = [("", "checkpoint", "config"), *((c.field, _text(c.old), _text(c.new)) for c in _changes(saved, configured))]
+    changes = _changes(saved, configured)
+    rows = [("", "checkpoint", "config"), *((_key(row.field), _text(row.old), _text(row.new)) for row in changes)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     table = "\n".join(f"  {field:<{widths[0]}}  {old:<{widths[1]}}  {new}".rstrip() for field, old, new in rows)
     return (
@@ -197,6 +198,11 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
     return {name: leaf for key in value for name, leaf in _flat(value[key], f"{path}.{key}" if path else key).items()}
+
+
+def _key(field: str) -> str:
+    """What a field of the spec is called in a config."""
+    return "schedule." + field.removeprefix("params.").removeprefix("shape.")
 
 
 def _text(value: Any) -> str:

@@ -24,6 +24,7 @@ from llmtrain.schedules.warmups import check_warmup, rise
 
 _LARGEST = 2**53  # beyond it a position is no longer exact in float64
 _PARAMS = ("peak", "floor", "unit", "clock", "horizon", "warmup", "warmup_shape", "warmup_start", "convention", "shape")
+_KEYS = (*ScheduleConfig.model_fields, "module", "warmup_shape", "warmup_start", "convention", "accumulation")
 
 
 class Curve(Protocol):
@@ -58,7 +59,7 @@ class Schedule:
             raise ScheduleError(f"a schedule spec has the keys name, version and params, found {spec!r:.200}")
         try:
             return joined_from_spec(spec) if spec["name"] in ("extend", "replace") else _planned_from_spec(spec)
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise ScheduleError(f"schedule spec: {spec['name']} cannot be read: {error!r}") from error
 
     def __call__(self, k: int) -> float:
@@ -77,9 +78,13 @@ class Schedule:
         return self.curve(np.minimum(updates, self.curve.settled).astype(np.int64).ravel()).reshape(updates.shape)
 
     def decayed(self, k: int) -> bool:
-        """Whether the curve has reached its final value by update `k`, so that its loss there is an annealed one."""
-        value, final = self(k), self(self.curve.settled)
-        return self.anneals and value < 1 and (k >= self.total_updates or (value == final and k >= self.warmup_updates))
+        """Whether the curve has come down to its final value by update `k`: its loss there is an annealed one."""
+        value = self(k)
+        arrived = k >= self.total_updates or (k >= self.warmup_updates and value == self(self.curve.settled))
+        if k < 1 or not self.anneals or not arrived:
+            return False
+        before = self.multipliers(np.arange(k))
+        return bool(before.max() > value and before[-1] >= value)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def plan(config: ScheduleConfig, tokens_per_update: int, beta2: float = 0.95) ->
         "clock": clock.spec,
         "horizon": horizon,
         "warmup": warmup,
-        "shape": read_parameters(shape, written, replace(scale, warmup=warmup)),
+        "shape": read_parameters(shape, written, replace(scale, warmup=warmup), also=_KEYS),
     }
     return Schedule.from_spec({"name": shape.name, "version": shape.version, "params": params})
 
@@ -189,9 +194,7 @@ def _planned_from_spec(spec: dict[str, Any]) -> Schedule:
     if not 0 <= warmup <= horizon < _LARGEST or horizon < 1:
         raise ScheduleError(f"schedule spec: warm-up {warmup} and horizon {horizon} do not fit (0 to 2**53)")
     clock = Clock.from_spec(params["unit"], params["clock"])
-    convention = convention_for(
-        params["convention"], shape.name, clock.unit, warmup, params["warmup_shape"], params.get("accumulation", 1)
-    )
+    convention = convention_for(shape.name, params)
     start = params["floor"] if convention.warmup_from_floor else params["warmup_start"]
     curve = Planned(
         shape, params["shape"], clock, horizon, warmup, params["warmup_shape"], start, params["floor"], convention

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain.errors import ScheduleError, did_you_mean
-from llmtrain.schedules.exact import FloatArray, each, half_cosine_wave, raised
+from llmtrain.schedules.exact import FloatArray, each, half_cosine_wave, power_of
 
 _EXPONENTIAL_END = 1 - math.exp(-2)
 
@@ -30,7 +30,7 @@ WARMUPS = (*_RISES, "geometric", "log")
 def rise(shape: str, start: float, position: FloatArray, length: float) -> FloatArray:
     """Multipliers at `position` (0 to `length`, in units of the clock) of the warm-up `shape` from `start` to 1."""
     if shape == "geometric":  # equal factors: start ** (1 - x), for learning-rate range tests
-        return raised(start, 1.0 - position / length)
+        return power_of(start, 1.0 - position / length)
     if shape == "log":  # log(k) / log(W): DeepSpeed's default
         whole = math.log(length) or 1.0
         value = each(lambda v: min(math.log(max(v, 1.0)) / whole, 1.0), position)

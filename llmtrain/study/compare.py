@@ -1,7 +1,7 @@
 """Which run predicts held-out text better, at the same number of tokens?
 
-Reads run folders alone. Runs that differ in data, tokenizer, validation set, model or tokens seen are not ranked against
-each other: the report says in what they differ. No torch here.
+Reads run folders alone. Runs that differ in data, tokenizer, validation set, model or tokens seen are not ranked
+against each other: the report says in what they differ. No torch here.
 """
 
 from pathlib import Path
@@ -89,7 +89,12 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         for run in comparison.runs
     ]
     baselines = {name: baseline.model_dump() for name, baseline in comparison.baselines.items()}
-    return {"ranked": not comparison.mismatches, "mismatches": comparison.mismatches, "runs": runs, "baselines": baselines}
+    return {
+        "ranked": not comparison.mismatches,
+        "mismatches": comparison.mismatches,
+        "runs": runs,
+        "baselines": baselines,
+    }
 
 
 def _baselines(run_dirs: list[Path]) -> dict[str, Baseline]:

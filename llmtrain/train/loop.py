@@ -1,7 +1,7 @@
 """The loop: batches, update, log; once in a while validate, save, stop.
 
-`k` is the number of the update being made, from 1, and of updates made after it. Everything that depends on where training is
-depends on k alone: the learning rate, the samples of the batch, whether to validate or save.
+`k` is the number of the update being made, from 1, and of updates made after it. Everything that depends on where
+training is depends on k alone: the learning rate, the samples of the batch, whether to validate or save.
 """
 
 import math
@@ -116,7 +116,7 @@ class Trainer:
             self.progress.validation(row)
 
     def save(self, k: int, *, must: bool) -> None:
-        """Publish a checkpoint of update k. A save that fails is reported, and ends the run only where it `must` succeed."""
+        """Publish a checkpoint of update k. A failed save is told, and ends the run only where it `must` succeed."""
         if self.log is not None:
             self.log.sync()
         state = {

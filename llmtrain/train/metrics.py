@@ -1,8 +1,8 @@
 """What happened at each update? `metrics.jsonl`, append-only, is the truth; everything else mirrors it.
 
 One JSON object a line. `kind` is `step` (loss, lr, grad_norm of update k) or `validation` (loss, perplexity and
-nats_per_byte of a named set after update k). A resume moves the rows beyond its step to `metrics.superseded.jsonl`, so no
-update stands twice. No torch here: reports read this file on a login node.
+nats_per_byte of a named set after update k). A resume moves the rows beyond its step to `metrics.superseded.jsonl`, so
+no update stands twice. No torch here: reports read this file on a login node.
 """
 
 import json
@@ -27,7 +27,8 @@ class MetricsLog:
         """Keep the rows up to `step` (-1: none) and set the others aside. Returns how many were set aside."""
         if not self.path.exists():
             return 0
-        kept, moved = [], []
+        kept: list[str] = []
+        moved: list[str] = []
         for line in self.path.read_text().splitlines():
             row = _parsed(line)
             if row is not None:

@@ -1,4 +1,4 @@
-"""What does a person see while a run trains? A live line on a terminal, plain lines in a log; only the first rank shows."""
+"""What does a person see while a run trains? A live line on a terminal, plain lines in a log, from the first rank."""
 
 from types import TracebackType
 from typing import Any
@@ -40,9 +40,8 @@ class TrainingProgress:
         """Show one update's metrics row."""
         k = row["step"]
         self.seconds += row["step_time_s"]
-        facts = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.3e}  grad_norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s"
-        )
+        facts = f"loss {row['loss']:.4f}  lr {row['lr']:.3e}  grad_norm {row['grad_norm']:.3f}"
+        facts += f"  {row['tokens_per_s']:,.0f} tok/s"
         if row["mfu"] is not None:
             facts += f"  mfu {row['mfu']:.1%}"
         if self.live:
@@ -54,8 +53,8 @@ class TrainingProgress:
     def validation(self, row: dict[str, Any]) -> None:
         """Show one validation's metrics row."""
         self.say(
-            f"step {row['step']}/{self.last}  {row['set']}: loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}  "
-            f"nats/byte {row['nats_per_byte']:.4f}"
+            f"step {row['step']}/{self.last}  {row['set']}: loss {row['loss']:.4f}  "
+            f"perplexity {row['perplexity']:.2f}  nats/byte {row['nats_per_byte']:.4f}"
         )
 
 

@@ -61,7 +61,7 @@ def _train(
     engine = build_engine(config, world)
     store = CheckpointStore(run_dir / "checkpoints", world, config.checkpoint.keep)
     facts = describe_run(config, world, schedule, data)
-    start = begin(engine, store, config, facts, resume)
+    start = begin(engine, store, config, facts, schedule, resume)
     last = config.last_update
     log, mirror, attempt = _open_records(config, world, start, last)
     progress = TrainingProgress(
@@ -142,8 +142,8 @@ def banner(config: Config, schedule: Schedule, start: Start, engine: str) -> str
     lines += [f"rejected {text}" for text in start.rejected]
     lines += [
         engine,
-        f"{parameter_count(config.model):,} parameters, {config.batch.sequences} sequences or {config.batch.tokens:,} tokens "
-        f"an update, {config.last_update} updates, schedule {schedule.hash}",
+        f"{parameter_count(config.model):,} parameters, {config.batch.sequences} sequences or "
+        f"{config.batch.tokens:,} tokens an update, {config.last_update} updates, schedule {schedule.hash}",
     ]
     if start.path is None:
         lines.append(f"FRESH START run={config.run.name}")

@@ -1,7 +1,7 @@
 """When must a run end before its last update?
 
-On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, when a file `stop` appears in the run folder, or when the wall-clock budget is used
-up. Here that only raises a flag; the ranks agree on it between updates, save at the same update, and end.
+On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, when a file `stop` appears in the run folder, or when the wall-clock budget is
+used up. Here that only raises a flag; the ranks agree on it between updates, save at the same update, and end.
 """
 
 import signal

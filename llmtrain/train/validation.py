@@ -1,7 +1,7 @@
 """How well does the model predict held-out text?
 
-Perplexity is exp(sum of NLL / number of tokens) over every token of a fixed, ordered set: fp64 sums over all ranks, nothing
-dropped, nothing averaged twice. Nats per byte stand beside it, because they compare across tokenizers.
+Perplexity is exp(sum of NLL / number of tokens) over every token of a fixed, ordered set: fp64 sums over all ranks,
+nothing dropped, nothing averaged twice. Nats per byte stand beside it, because they compare across tokenizers.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """Weights & Biases as a mirror of metrics.jsonl that can never hurt the run.
 
-One wandb run across resumes, by an id kept in the run folder. Rows carry their own step (`trainer/step`), so that a resume from
-an older update loses none. Everything happens on a thread: a slow or dead service costs a warning, not a step.
+One wandb run across resumes, by an id kept in the run folder. Rows carry their own step (`trainer/step`), so that a
+resume from an older update loses none. Everything happens on a thread: a slow or dead service costs a warning, not a
+step.
 """
 
 import queue

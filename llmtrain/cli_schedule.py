@@ -1,82 +1,105 @@
 """`llmtrain schedule`: look at learning-rate schedules before paying for a run. No torch, so it answers at once."""
 
 import json
-from dataclasses import asdict
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from llmtrain.schedules.registry import Shape
+    from llmtrain.study.schedule_shown import Shown
+
 schedule_app = typer.Typer(help="Look at learning-rate schedules before you spend.", no_args_is_help=True)
 
+_COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan")
 
-@schedule_app.command("list", epilog="Example: llmtrain schedule list")
-def list_schedules() -> None:
-    """Every registered schedule with its parameters."""
+
+@schedule_app.command("list", epilog="Example: llmtrain schedule list --json")
+def list_schedules(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+) -> None:
+    """Every registered schedule with its parameters and their defaults."""
     from llmtrain.schedules import catalog
 
+    if as_json:
+        print(json.dumps({"schedules": [_entry(shape) for shape in catalog()]}))
+        return
     for shape in catalog():
         parameters = ", ".join(name if p.required else f"{name}={p.default}" for name, p in shape.parameters.items())
         print(f"{shape.name:<14} {shape.doc.splitlines()[0]}" + (f"  [{parameters}]" if parameters else ""))
 
 
-@schedule_app.command(epilog='Example: llmtrain schedule show cosine --peak 3e-4 --horizon "50000 steps" --floor 0.1')
+@schedule_app.command(epilog="Example: llmtrain schedule show cosine linear wsd:decay=10% --png lr.png")
 def show(
-    name: Annotated[str | None, typer.Argument(help="A registered schedule; see `llmtrain schedule list`.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="Show the schedule of this run.")] = None,
-    peak: Annotated[float, typer.Option(help="Largest learning rate.")] = 3e-4,
-    warmup: Annotated[str, typer.Option(help='"2000 steps", "1%", "auto".')] = "1%",
-    horizon: Annotated[str, typer.Option(help='"50000 steps", "100B tokens".')] = "10000 steps",
-    floor: Annotated[float, typer.Option(help="Final multiplier of the peak.")] = 0.0,
-    tokens_per_update: Annotated[int, typer.Option(help="Global batch, for lengths in tokens.")] = 4194304,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Shape parameter or config override.")
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Such as cosine, or wsd:decay=10% for this one alone.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print spec, summary and the LR of every update.")] = False,
+    configs: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="A run; names take its peak and so on.")
+    ] = None,
+    peak: Annotated[float | None, typer.Option(help="Largest learning rate. [3e-4]", metavar="LR")] = None,
+    warmup: Annotated[str | None, typer.Option(help='"2000 steps", auto. [1%]', metavar="LENGTH")] = None,
+    horizon: Annotated[str | None, typer.Option(help='"8B tokens". [10000 steps]', metavar="LENGTH")] = None,
+    floor: Annotated[float | None, typer.Option(help="Final multiplier of the peak. [0]", metavar="M")] = None,
+    convention: Annotated[str | None, typer.Option(help="Count updates as hf, olmo, ... do.", metavar="WHOSE")] = None,
+    tokens_per_update: Annotated[str | None, typer.Option(help="Global batch. [4M]", metavar="N")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's lambda. [0.1]", metavar="X")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="For all that have this KEY.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone; lr[0]: update 1.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write a row an update.", metavar="FILE")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a figure.", metavar="FILE")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an interactive page.", metavar="FILE")] = None,
 ) -> None:
-    """The learning rate of every update, and what it amounts to."""
-    import numpy as np
+    """The learning rate of every update, of one or several schedules, and its sums."""
+    from llmtrain.study.schedule_shown import facts, look_at, write_csv
 
-    from llmtrain.schedules.summary import summarize
-    from llmtrain.study.schedule_view import summary_lines, terminal_plot
+    fields = {"peak": peak, "warmup": warmup, "horizon": horizon, "floor": floor, "convention": convention}
+    words = [f"schedule.{key}={value}" for key, value in fields.items() if value is not None]
+    shown = look_at(names or [], configs or [], [*words, *(overrides or [])], tokens_per_update, weight_decay)
+    if csv is not None:
+        write_csv(shown, csv)
+    if png is not None:
+        from llmtrain.study.schedule_figure import write_png
 
-    if config is not None:
-        written = _from_config(config, name, overrides or [])
-    else:
-        fields = {"peak": peak, "warmup": warmup, "horizon": horizon, "floor": floor}
-        written = _from_words(name, fields, tokens_per_update, overrides or [])
-    schedule, weight_decay, stop_at = written
-    summary = summarize(schedule, weight_decay, stop_at)
-    lrs = schedule.peak * schedule.multipliers(np.arange(1, summary.updates + 1))
+        write_png(shown, png)
+    if html is not None:
+        from llmtrain.study.schedule_page import write_html
+
+        write_html(shown, html)
     if as_json:
-        facts = {"spec": schedule.spec, "hash": schedule.hash, "summary": asdict(summary), "lr": lrs.tolist()}
-        print(json.dumps(facts))
-        return
-    print(terminal_plot(lrs))
-    print("\n".join(summary_lines(schedule, summary)))
+        found = [facts(one) for one in shown]
+        print(json.dumps(found[0] if len(found) == 1 else {"schedules": found}, allow_nan=False))
+    else:
+        _print_view(shown)
+    for path in (csv, png, html):
+        if path is not None:
+            print(f"wrote {path}", file=sys.stderr if as_json else sys.stdout)
 
 
-def _from_config(path: Path, name: str | None, overrides: list[str]) -> tuple[Any, float, int | None]:
-    from llmtrain.config_file import load_config
-    from llmtrain.schedules import plan
+def _print_view(shown: "Sequence[Shown]") -> None:
+    from llmtrain.study.schedule_view import NOTES, plain, table, terminal_plot, warnings
 
-    loaded = load_config(path, [*overrides, *([f"schedule.name={name}"] if name else [])])
-    schedule = plan(loaded.schedule, loaded.batch.tokens, loaded.optim.betas[1])
-    stop_at = None if loaded.run.stop_at is None else loaded.last_update
-    return schedule, loaded.optim.weight_decay, stop_at
+    paint = _paint if sys.stdout.isatty() and "NO_COLOR" not in os.environ else plain
+    print(terminal_plot(shown, paint))
+    print()
+    print(table(shown, paint))
+    print()
+    print("\n".join([*NOTES, *warnings(shown)]))
 
 
-def _from_words(
-    name: str | None, fields: dict[str, Any], tokens_per_update: int, overrides: list[str]
-) -> tuple[Any, float, int | None]:
-    from llmtrain.config import ScheduleConfig
-    from llmtrain.config_file import apply_override, read_section
-    from llmtrain.errors import ConfigError
-    from llmtrain.schedules import plan
+def _paint(text: str, index: int) -> str:
+    return text if index < 0 else typer.style(text, fg=_COLOURS[index % len(_COLOURS)])
 
-    if name is None:
-        raise ConfigError("name a schedule or a --config; `llmtrain schedule list` shows what there is")
-    values: dict[str, Any] = {"name": name, **fields}
-    for override in overrides:
-        apply_override(values, override.removeprefix("schedule."))
-    return plan(read_section(ScheduleConfig, values, "schedule"), tokens_per_update), 0.1, None
+
+def _entry(shape: "Shape") -> dict[str, Any]:
+    parameters = {
+        name: {"type": p.type_name, "required": p.required, "default": None if p.required else p.default}
+        for name, p in shape.parameters.items()
+    }
+    return {"name": shape.name, "version": shape.version, "doc": shape.doc, "parameters": parameters}

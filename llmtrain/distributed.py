@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from llmtrain.errors import EnvironmentError
 
@@ -134,7 +133,7 @@ def _meet(place: Place, device: torch.device, timeout_s: int) -> None:
     timeout = timedelta(seconds=timeout_s)
     try:
         if place.size == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
         else:
             dist.init_process_group(
                 backend, init_method="env://", rank=place.rank, world_size=place.size, timeout=timeout

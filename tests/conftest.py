@@ -47,6 +47,7 @@ def small_config(data: Path, text: Path) -> dict[str, Any]:
         },
         "batch": {"global_sequences": 8, "micro": 2, "seq_len": 32},
         "schedule": {"name": "cosine", "peak": 0.01, "warmup": "4 steps", "horizon": "20 steps", "floor": 0.1},
+        "validation": {"max_tokens": 200},
         "engine": {"kind": "single", "precision": "fp32", "timeout_s": 60},
     }
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["llmtrain.train.run", "llmtrain.engines.fsdp", "deepspeed"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "llmtrain.train.run",
+        "llmtrain.engines.fsdp",
+        "torch._dynamo",
+        "deepspeed.runtime.engine",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
+)
 
 
 class Ranks:

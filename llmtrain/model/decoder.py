@@ -29,7 +29,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.rotary = Rotary(config)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.hidden_size, config.vocab_size)
@@ -149,6 +149,17 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))  # (B, T, F) within
         return out
+
+
+class Embedding(nn.Module):
+    """A row for each token. It owns `weight` (V, D) and leaves it unset, as all modules here do."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)  # (B, T, D)
 
 
 class Linear(nn.Module):

@@ -32,9 +32,9 @@ ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The YAML file 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override, for example optim.clip=0.5.")
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, for example runs/demo_cosine.")]
-Step = Annotated[int | None, typer.Option(help="The checkpoint of this update; the newest whole one by default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Step = Annotated[int | None, typer.Option(help="A checkpoint; by default the newest.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 
 
 @app.command(epilog="Example: llmtrain prepare --config configs/demo_cosine.yaml")
@@ -94,12 +94,12 @@ def evaluate(run: RunDir, step: Step = None, as_json: Json = False) -> None:
         )
 
 
-@app.command(epilog='Example: llmtrain generate runs/demo_cosine --prompt "def main(" --temperature 0')
+@app.command(epilog='Example: llmtrain generate runs/demo_cosine --prompt "def main("')
 def generate(
     run: RunDir,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: likeliest token.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     step: Step = None,
 ) -> None:

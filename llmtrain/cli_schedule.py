@@ -35,11 +35,9 @@ def list_schedules(
 
 @schedule_app.command(epilog="Example: llmtrain schedule show cosine linear wsd:decay=10% --png lr.png")
 def show(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Such as cosine, or wsd:decay=10% for this one alone.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Such as cosine, or wsd:decay=10%.")] = None,
     configs: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="A run; names take its peak and so on.")
+        list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="A run; names use its numbers.")
     ] = None,
     peak: Annotated[float | None, typer.Option(help="Largest learning rate. [3e-4]", metavar="LR")] = None,
     warmup: Annotated[str | None, typer.Option(help='"2000 steps", auto. [1%]', metavar="LENGTH")] = None,
@@ -47,7 +45,7 @@ def show(
     floor: Annotated[float | None, typer.Option(help="Final multiplier of the peak. [0]", metavar="M")] = None,
     convention: Annotated[str | None, typer.Option(help="Count updates as hf, olmo, ... do.", metavar="WHOSE")] = None,
     tokens_per_update: Annotated[str | None, typer.Option(help="Global batch. [4M]", metavar="N")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's lambda. [0.1]", metavar="X")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's lambda. [0.1]", metavar="X", min=0)] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="For all that have this KEY.")
     ] = None,
@@ -57,21 +55,12 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Write an interactive page.", metavar="FILE")] = None,
 ) -> None:
     """The learning rate of every update, of one or several schedules, and its sums."""
-    from llmtrain.study.schedule_shown import facts, look_at, write_csv
+    from llmtrain.study.schedule_shown import facts, look_at
 
     fields = {"peak": peak, "warmup": warmup, "horizon": horizon, "floor": floor, "convention": convention}
     words = [f"schedule.{key}={value}" for key, value in fields.items() if value is not None]
     shown = look_at(names or [], configs or [], [*words, *(overrides or [])], tokens_per_update, weight_decay)
-    if csv is not None:
-        write_csv(shown, csv)
-    if png is not None:
-        from llmtrain.study.schedule_figure import write_png
-
-        write_png(shown, png)
-    if html is not None:
-        from llmtrain.study.schedule_page import write_html
-
-        write_html(shown, html)
+    _write_files(shown, csv, png, html)
     if as_json:
         found = [facts(one) for one in shown]
         print(json.dumps(found[0] if len(found) == 1 else {"schedules": found}, allow_nan=False))
@@ -80,6 +69,25 @@ def show(
     for path in (csv, png, html):
         if path is not None:
             print(f"wrote {path}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _write_files(shown: "Sequence[Shown]", csv: Path | None, png: Path | None, html: Path | None) -> None:
+    from llmtrain.errors import EnvironmentError
+    from llmtrain.study.schedule_shown import write_csv
+
+    try:
+        if csv is not None:
+            write_csv(shown, csv)
+        if png is not None:
+            from llmtrain.study.schedule_figure import write_png
+
+            write_png(shown, png)
+        if html is not None:
+            from llmtrain.study.schedule_page import write_html
+
+            write_html(shown, html)
+    except OSError as error:
+        raise EnvironmentError(f"cannot write {error.filename}: {error.strerror}") from None
 
 
 def _print_view(shown: "Sequence[Shown]") -> None:

@@ -16,6 +16,7 @@ from llmtrain.study.schedule_view import short
 
 # Okabe & Ito 2008, told apart with any colour vision; yellow is left out, it vanishes on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_FULL_KEYS = 5  # schedules that a key has room for with all their numbers
 _INK, _FAINT = "#222222", "#6b6b6b"
 
 
@@ -25,12 +26,20 @@ def write_png(shown: Sequence[Shown], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"font.family": "DejaVu Sans", "font.size": 12, "text.color": _INK, "axes.edgecolor": "#b0b0b0"}
-    with rc_context({**style, "axes.labelcolor": _INK, "xtick.color": _FAINT, "ytick.color": _FAINT}):
+    style: Any = {
+        "font.family": "DejaVu Sans",
+        "font.size": 12,
+        "text.color": _INK,
+        "axes.edgecolor": "#b0b0b0",
+        "axes.labelcolor": _INK,
+        "xtick.color": _FAINT,
+        "ytick.color": _FAINT,
+    }
+    with rc_context(style):
         figure = Figure(figsize=(12.8, 7.2), dpi=150, facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(
-            2, 1, height_ratios=[2.1, 1], hspace=0.16, left=0.085, right=0.735, top=0.82, bottom=0.085
+            2, 1, height_ratios=[2.1, 1], hspace=0.16, left=0.085, right=0.735, top=0.795, bottom=0.085
         )
         upper = figure.add_subplot(grid[0])
         lower = figure.add_subplot(grid[1], sharex=upper)
@@ -66,17 +75,17 @@ def subtitle(shown: Sequence[Shown]) -> str:
     return "   ·   ".join(part for part in parts if part)
 
 
-def key_numbers(one: Shown) -> list[str]:
-    """The lines under a schedule's name in a legend."""
+def key_numbers(one: Shown) -> list[tuple[str, str]]:
+    """What stands under a schedule's name in a legend."""
     summary = one.summary
-    bound = "" if finite(summary.bound_ratio) is None else f"   bound {summary.bound_ratio:.3f}"
-    lines = [
-        f"mean {summary.mean_multiplier:.3f} of peak{bound}",
-        f"last LR {short(summary.last_lrs[-1])}   in decay {summary.decay_share:.0%} of area",
+    found = [
+        ("mean multiplier", f"{summary.mean_multiplier:.3f}"),
+        ("last LR", short(summary.last_lrs[-1])),
+        ("area in the decay", f"{summary.decay_share:.0%}"),
     ]
-    if finite(summary.peak_ratio) is not None:
-        lines.append(f"suggested peak {summary.peak_ratio:.2f} × linear's")
-    return lines
+    if finite(summary.bound_ratio) is not None and finite(summary.peak_ratio) is not None:
+        found += [("convex bound", f"{summary.bound_ratio:.3f}"), ("suggested peak", f"{summary.peak_ratio:.2f} ×")]  # noqa: RUF001
+    return found
 
 
 def lower_panel(shown: Sequence[Shown]) -> str:
@@ -88,7 +97,7 @@ def lower_panel(shown: Sequence[Shown]) -> str:
 
 
 def shares(one: Shown) -> FloatArray:
-    """c_i in percent of the final weights per percent of the run: 1 where every update counts the same and all is new."""
+    """c_i in percent of the final weights per percent of the run: 1 where all updates count the same."""
     return one.coefficients() * one.summary.updates
 
 
@@ -111,7 +120,10 @@ def _lambda(decays: set[float]) -> str:
 
 def _draw(upper: Any, lower: Any, one: Shown, updates: IntArray, index: int, total: int) -> None:
     """Earlier curves are thicker, so that one lying under another still shows at its rim."""
-    line = {"color": PALETTE[index % len(PALETTE)], "linewidth": 2.2 + 2.2 * (total - 1 - index) / max(total - 1, 1)}
+    line: dict[str, Any] = {
+        "color": PALETTE[index % len(PALETTE)],
+        "linewidth": 2.2 + 2.0 * (total - 1 - index) / max(total - 1, 1),
+    }
     line["linestyle"] = "-" if index < len(PALETTE) else (0, (5, 2))
     own = updates[updates <= one.updates]
     lrs, ran = one.lrs(), one.summary.updates
@@ -120,7 +132,6 @@ def _draw(upper: Any, lower: Any, one: Shown, updates: IntArray, index: int, tot
     if ran < one.updates:
         beyond = own[own >= ran]
         upper.plot(beyond, lrs[beyond - 1], **{**line, "linestyle": ":", "linewidth": 2}, zorder=2)
-        upper.axvline(ran, color=line["color"], linewidth=1, alpha=0.6)
     values = areas(one) if one.weight_decay == 0 else shares(one)
     shown = own if one.weight_decay == 0 else within
     lower.plot(shown, values[shown - 1], **line, solid_capstyle="round", zorder=3)
@@ -128,7 +139,7 @@ def _draw(upper: Any, lower: Any, one: Shown, updates: IntArray, index: int, tot
 
 def _dress(upper: Any, lower: Any, shown: Sequence[Shown], tokens: int | None) -> None:
     last = max(one.updates for one in shown)
-    upper.set_title("Learning rate", loc="left", fontsize=13, pad=8 if tokens is None else 8)
+    upper.text(0, 1.03 if tokens is None else 1.105, "Learning rate", transform=upper.transAxes, fontsize=13)
     lower.set_title(lower_panel(shown), loc="left", fontsize=13, pad=8)
     for panel in (upper, lower):
         panel.grid(axis="y", color="#e6e6e6", linewidth=1)
@@ -146,22 +157,32 @@ def _dress(upper: Any, lower: Any, shown: Sequence[Shown], tokens: int | None) -
         top.xaxis.set_major_formatter(lambda value, place: count(value) if value else "")
         top.tick_params(length=0, pad=4)
         top.spines["top"].set_visible(False)
-        top.set_xlabel("tokens", loc="right", color=_FAINT, labelpad=4)
+        upper.text(1, 1.105, "tokens", transform=upper.transAxes, color=_FAINT, ha="right")
+    for ran in {one.summary.updates for one in shown if one.summary.updates < one.updates}:
+        upper.axvline(ran, color=_FAINT, linewidth=1)
+        upper.text(ran, 0.04, " the run ends", transform=upper.get_xaxis_transform(), color=_FAINT, fontsize=10.5)
 
 
 def _key(figure: Any, shown: Sequence[Shown]) -> None:
     """Name, colour and key numbers of each schedule, at the right; smaller where there are many."""
-    lines = max(len(key_numbers(one)) for one in shown) + 1
-    step = min(0.034, 0.74 / (len(shown) * (lines + 0.7)))
-    size = min(13.5, 13.5 * step / 0.034)
-    y = 0.815
+    from matplotlib.lines import Line2D
+
+    wanted = 5 if len(shown) <= _FULL_KEYS else 1
+    lines = wanted + 2
+    step = min(0.03, 0.7 / (len(shown) * lines))
+    size = 12.5 * step / 0.03
+    y = 0.785
     for index, one in enumerate(shown):
         colour = PALETTE[index % len(PALETTE)]
-        dash = "-" if index < len(PALETTE) else (0, (3, 1.5))
-        swatch = type(figure.axes[0].lines[0])
-        figure.add_artist(swatch([0.752, 0.769], [y, y], color=colour, linewidth=4, linestyle=dash))
-        name = one.label if len(one.label) < 28 else one.label[:27] + "…"
-        figure.text(0.777, y, name, fontsize=size, fontweight="bold", color=colour, va="center")
-        for number, text in enumerate(key_numbers(one), start=1):
-            figure.text(0.777, y - number * step, text, fontsize=size * 0.74, color=_INK, va="center")
-        y -= (lines + 0.7) * step
+        dash: Any = "-" if index < len(PALETTE) else (0, (3, 1.5))
+        figure.add_artist(Line2D([0.765, 0.782], [y, y], color=colour, linewidth=4, linestyle=dash))
+        name = one.label if len(one.label) < 25 else one.label[:24] + "…"
+        figure.text(0.79, y, name, fontsize=1.15 * size, fontweight="bold", color=colour, va="center")
+        for number, (what, value) in enumerate(key_numbers(one)[:wanted], start=1):
+            height = y - (number + 0.15) * step
+            figure.text(0.79, height, what, fontsize=0.88 * size, color=_FAINT, va="center")
+            figure.text(0.972, height, value, fontsize=0.88 * size, color=_INK, va="center", ha="right")
+        y -= lines * step
+    if wanted > 1:
+        note = "Bound and suggested peak:\nrelative to linear to zero."
+        figure.text(0.79, 0.06, note, fontsize=9.5, color=_FAINT, va="bottom", linespacing=1.4)

@@ -17,10 +17,10 @@ _TITLE_WIDTH = 24
 _CELL_WIDTH = 14
 _TENTHS = 10
 NOTES = (
-    "EMA: AdamW's final weights are an average of its updates, where update i counts",
-    "c_i = eta_i lambda prod(1 - eta_j lambda), j > i. Convex bound: a worst case over",
-    "convex problems, and the peak it favours, both relative to linear to zero; it",
-    "ranks shapes and centres a sweep of peaks, and is no loss.",
+    "EMA: AdamW's final weights are an average of its updates, in which update i has",
+    "weight c_i = eta_i lambda prod(1 - eta_j lambda) over later j. Convex bound: a",
+    "worst case over convex problems, and the peak it favours, relative to linear to",
+    "zero; it ranks shapes and centres a sweep of peaks, and is no loss.",
 )
 
 
@@ -123,8 +123,8 @@ def half_of(coefficients: FloatArray) -> str:
 
 
 def short(value: float) -> str:
-    """A learning rate as one says it: 3e-4, 0.001."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
+    """A learning rate as one says it: 3e-4, 0.02."""
+    if value == 0 or 1e-2 <= abs(value) < 1e5:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -8,6 +8,7 @@ derived. Reading files, `--set` overrides and error messages live in `llmtrain.c
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -34,6 +35,7 @@ class RunConfig(Section):
     seed: int = Field(1234, ge=0, description="of the initial weights and of the data order")
     stop_at: Length | None = Field(None, description="end here without bending the curve")
     max_minutes: PositiveFloat | None = Field(None, description="wall-clock budget: save and stop when it is used up")
+    branch_from: str | None = Field(None, description="start from a checkpoint of another run: runs/trunk@1000")
 
     @model_validator(mode="before")
     @classmethod
@@ -41,6 +43,20 @@ class RunConfig(Section):
         if isinstance(values, dict) and not values.get("dir") and isinstance(values.get("name"), str):
             return {**values, "dir": f"runs/{values['name']}"}
         return values
+
+    @model_validator(mode="after")
+    def _branch_names_an_update(self) -> Self:
+        if self.branch_from is not None and not re.fullmatch(r".+@[0-9]+", self.branch_from):
+            raise ValueError(f'branch_from "{self.branch_from}": write RUN_FOLDER@UPDATE, for example runs/trunk@1000')
+        return self
+
+    @property
+    def parent(self) -> tuple[str, int] | None:
+        """The run folder and update that `branch_from` names."""
+        if self.branch_from is None:
+            return None
+        folder, _, update = self.branch_from.rpartition("@")
+        return folder, int(update)
 
 
 class RopeScaling(Section):

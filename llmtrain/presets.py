@@ -2,8 +2,8 @@
 
 A preset is a starting point: any field written beside `preset:` in a config wins over it. Sources: Touvron 2023,
 arXiv:2302.13971, table 2 (llama-7b, llama-13b); Grattafiori 2024, arXiv:2407.21783, table 3 (llama3-8b, llama3-70b).
-`1b` and `3b` have the shapes of TinyLlama 1.1B and OpenLLaMA 3B; the smaller ones are our own, with heads of 64 and the
-feed-forward of 8/3 of the family.
+`1b` and `3b` have the shapes of TinyLlama 1.1B and OpenLLaMA 3B; the smaller ones are our own, with the
+feed-forward of about 8/3 of the family.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def _llama(
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _llama(256, 4, 4, 688, vocab_size=4096, max_seq_len=512),
+    "tiny": _llama(128, 4, 4, 352, vocab_size=4096, max_seq_len=512),
     "60m": _llama(512, 8, 8, 1376),
     "125m": _llama(768, 12, 12, 2048),
     "350m": _llama(1024, 24, 16, 2736),

@@ -38,6 +38,9 @@ TORCH_FREE = [
     "llmtrain.train.metrics",
     "llmtrain.study.compare",
     "llmtrain.study.figures",
+    "llmtrain.study.schedule_figure",
+    "llmtrain.study.schedule_page",
+    "llmtrain.study.schedule_shown",
     "llmtrain.study.schedule_view",
     "llmtrain.cli",
 ]

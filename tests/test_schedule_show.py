@@ -93,8 +93,7 @@ def test_several_share_their_numbers_and_keep_their_own_parameters(show: Show) -
     assert [one["name"] for one in found] == ["cosine", "wsd", "wsd decay=10%"]
     assert found[0]["lr"] == [planned("cosine").lr(k) for k in range(1, 401)]
     for one, decay in ((found[1], "20%"), (found[2], "10%")):
-        wanted = planned("wsd", decay=decay, cooldown="1-sqrt")
-        assert one["lr"] == [wanted.lr(k) for k in range(1, 401)]
+        assert one["lr"] == [planned("wsd", decay=decay, cooldown="1-sqrt").lr(k) for k in range(1, 401)]
 
 
 def test_convention_counts_as_that_framework_does(show: Show) -> None:
@@ -189,7 +188,6 @@ def test_mistakes_are_named(show: Show, words: list[str], message: str) -> None:
 
 def test_page_without_plotly_says_what_to_install(show: Show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without the extra would not learn what is missing."""
-    monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert "pip install 'llmtrain[plots]'" in show("cosine", "--html", str(tmp_path / "x.html"), code=2)
 
@@ -271,8 +269,7 @@ def test_page_shows_the_rate_under_the_pointer(browser: Any, show: Show, tmp_pat
         browser.find_element(By.CSS_SELECTOR, f"[data-to={wanted}]").click()
     wait.until(lambda page: page.execute_script(f"{read}._fullLayout.yaxis.type") == "log")
     assert browser.execute_script(f"{read}.data[0].x.at(-1)") == len(found[0]["lr"]) * 4 * 2**20
-    area = browser.execute_script(f"{read}.data[4].y.at(-1)")
-    assert area == pytest.approx(sum(found[0]["lr"]) / 3e-4, rel=1e-5)
+    assert browser.execute_script(f"{read}.data[4].y.at(-1)") == pytest.approx(sum(found[0]["lr"]) / 3e-4, rel=1e-5)
     browser.find_element(By.CSS_SELECTOR, ".legend .traces .legendtoggle").click()
     wait.until(lambda page: page.execute_script(f"{read}.data[0].visible") == "legendonly")
     assert browser.get_log("browser") == []
@@ -280,7 +277,6 @@ def test_page_shows_the_rate_under_the_pointer(browser: Any, show: Show, tmp_pat
 
 def test_what_the_page_of_the_docs_says_works(show: Show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader would copy a command or a program that fails, or miss a schedule in the table."""
-    pytest.importorskip("torch")
     pytest.importorskip("plotly", reason="plotly is not installed")
     monkeypatch.setattr(registry, "_SHAPES", dict(registry._SHAPES))
     monkeypatch.chdir(tmp_path)

@@ -16,7 +16,7 @@ import torch
 
 from llmtrain.config import content_hash
 from llmtrain.data.dataset import PreparedData, TokenBytes
-from llmtrain.data.order import Order, rank_samples, update_samples
+from llmtrain.data.order import START, Consumed, Order, rank_samples, update_samples
 from llmtrain.data.shards import TokenFile
 from llmtrain.errors import DataError
 
@@ -65,7 +65,7 @@ def _batch(tokens: _Array, targets: _Array, eos_id: int | None) -> Batch:
 
 
 class TrainBatches:
-    """This rank's share of every global batch, as a pure function of the update number."""
+    """This rank's share of every global batch after `since`, as a pure function of the update number."""
 
     def __init__(
         self,
@@ -77,6 +77,7 @@ class TrainBatches:
         seq_len: int,
         rank: int,
         world_size: int,
+        since: Consumed = START,
         document_mask: bool = False,
         pin: bool = False,
     ) -> None:
@@ -88,13 +89,18 @@ class TrainBatches:
         self._seq_len = seq_len
         self._rank = rank
         self._world_size = world_size
+        self._since = since
         self._eos_id = data.manifest.eos_id if document_mask else None
         self._pin = pin
 
     def update(self, k: int) -> list[Batch]:
         """The micro-batches of update k (from 1) on this rank, in the order they are accumulated."""
-        ids = update_samples(self._order, k, self._sequences)
+        ids = update_samples(self._order, k, self._sequences, self._since)
         return [self._read(row) for row in rank_samples(ids, self._world_size, self._rank, self._micro)]
+
+    def consumed(self, k: int) -> int:
+        """Samples consumed through update k, over the whole run."""
+        return self._since.through(k, self._sequences)
 
     def iterate(self, first_update: int, last_update: int) -> Iterator[list[Batch]]:
         """`update(first_update)` to `update(last_update)`, read ahead by a thread that ends with this generator."""

@@ -6,11 +6,13 @@ cycle until it lands on a sample (Black and Rogaway 2002, "Ciphers with Arbitrar
 no index array, so position 10**12 costs what position 0 costs. Only 64-bit integer arithmetic is used: the order is
 the same on every platform and with every NumPy, and it is part of the file formats: it never changes.
 
-Updates count from 1. The global batch of update k is positions (k-1)*sequences onwards, whoever computes it.
+Updates count from 1. The global batch of update k is positions (k-1)*sequences onwards, whoever computes it. Where
+the global batch changed on the way, `Consumed` says where the updates since then count from.
 """
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,21 @@ _Words = npt.NDArray[np.uint64]
 _ROUNDS = 8
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)  # SplitMix64's finaliser (Steele et al. 2014, "Fast Splittable ...")
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+
+
+class Consumed(NamedTuple):
+    """A place in the data: the first `update` updates consumed the first `samples` positions."""
+
+    update: int = 0
+    samples: int = 0
+
+    def through(self, update: int, sequences: int) -> int:
+        """Samples consumed through `update`, when each update from here on takes `sequences`."""
+        assert update >= self.update
+        return self.samples + (update - self.update) * sequences
+
+
+START = Consumed()
 
 
 @dataclass(frozen=True)
@@ -79,10 +96,10 @@ def _mix(words: _Words) -> _Words:
     return mixed
 
 
-def update_samples(order: Order, update: int, sequences: int) -> Ids:
+def update_samples(order: Order, update: int, sequences: int, since: Consumed = START) -> Ids:
     """Sample ids of the global batch of `update` (from 1), in the order that ranks share them out."""
     assert update >= 1 and sequences >= 1
-    return order.samples((update - 1) * sequences, sequences)
+    return order.samples(since.through(update - 1, sequences), sequences)
 
 
 def rank_samples(ids: Ids, world_size: int, rank: int, micro: int) -> Ids:

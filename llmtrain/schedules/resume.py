@@ -52,17 +52,22 @@ def continues(saved: Schedule, configured: Schedule) -> bool:
 
 def refusal(saved: Schedule, configured: Schedule, at: int) -> str:
     """Why a run saved after update `at` does not go on: both sides in columns, the LR at the join, and the ways on."""
-    changes = _changes(saved, configured)
-    rows = [("", "checkpoint", "config"), *((_key(row.field), _text(row.old), _text(row.new)) for row in changes)]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    table = "\n".join(f"  {field:<{widths[0]}}  {old:<{widths[1]}}  {new}".rstrip() for field, old, new in rows)
     return (
-        f"the config asks for another schedule than the checkpoint was trained on:\n{table}\n"
+        "the config asks for another schedule than the checkpoint was trained on:\n"
+        f"{both_sides(saved, configured)}\n"
         f"  LR of update {at} was {saved.lr(at):.6g}; update {at + 1} would get {saved.lr(at + 1):.6g} by the "
         f"checkpoint's schedule, {replace(saved, at, configured).lr(at + 1):.6g} by the config's\n"
         "restore the config, or go on with extend (continuous to the new horizon), replace (the new curve from here "
         "on) or branch (a new run)"
     )
+
+
+def both_sides(saved: Schedule, configured: Schedule) -> str:
+    """Every changed field, what the checkpoint says of it and what the config says, in columns."""
+    changes = _changes(saved, configured)
+    rows = [("", "checkpoint", "config"), *((_key(row.field), _text(row.old), _text(row.new)) for row in changes)]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"  {field:<{widths[0]}}  {old:<{widths[1]}}  {new}".rstrip() for field, old, new in rows)
 
 
 def replace(old: Schedule, at: int, new: Schedule) -> Schedule:

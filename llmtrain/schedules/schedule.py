@@ -105,6 +105,13 @@ class Schedule:
         params["clock"] = Clock(params["unit"], _rows(params["clock"])).with_batch(after_update, tokens_per_update).spec
         return Schedule.from_spec(spec)
 
+    def over(self, segments: list[list[int]]) -> "Schedule":
+        """The same planned curve, in a run that consumed its tokens in these segments of a clock."""
+        spec = self.spec
+        if spec["params"]["unit"] == "tokens":
+            spec["params"]["clock"] = segments
+        return Schedule.from_spec(spec)
+
 
 @dataclass(frozen=True)
 class Planned:

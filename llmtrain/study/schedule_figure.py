@@ -185,4 +185,4 @@ def _key(figure: Any, shown: Sequence[Shown]) -> None:
         y -= lines * step
     if wanted > 1:
         note = "Bound and suggested peak:\nrelative to linear to zero."
-        figure.text(0.79, 0.06, note, fontsize=9.5, color=_FAINT, va="bottom", linespacing=1.4)
+        figure.text(0.79, 0.04, note, fontsize=9.5, color=_FAINT, va="bottom", linespacing=1.4)

@@ -103,7 +103,7 @@ def numbers(one: Shown) -> dict[str, str]:
         "EMA of initial weights": f"{max(0.0, 1 - float(coefficients.sum())):.1%}",
         "convex bound": _ratio(summary.bound_ratio),
         "suggested peak ratio": _ratio(summary.peak_ratio),
-        "hash of the spec": one.schedule.hash[:12],
+        "hash begins with": one.schedule.hash[:12],
     }
 
 

@@ -65,17 +65,32 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: go on where the run folder has a checkpoint; must; never.")
     ] = "auto",
+    schedule_change: Annotated[
+        str | None,
+        typer.Option(
+            metavar="extend|replace",
+            help="Go on although the config asks for another schedule or global batch than the checkpoint was trained "
+            "on. extend: from the learning rate reached to the new end; replace: the new curve from here on.",
+        ),
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train, or go on training. Also launch/pretrain.py under deepspeed, torchrun or srun."""
     if resume not in ("auto", "must", "never"):
         raise typer.BadParameter(f"--resume {resume}: choose auto, must or never")
+    if schedule_change not in (None, "extend", "replace"):
+        raise typer.BadParameter(f"--schedule-change {schedule_change}: choose extend or replace")
     from llmtrain.config_file import load_config
 
     loaded = load_config(config, overrides)
     from llmtrain.train.run import train as train_run
 
-    train_run(loaded, prepare_command=_prepare_command(config, overrides), resume=resume)  # type: ignore[arg-type]
+    train_run(
+        loaded,
+        prepare_command=_prepare_command(config, overrides),
+        resume=resume,  # type: ignore[arg-type]
+        change=schedule_change,  # type: ignore[arg-type]
+    )
 
 
 @app.command("eval", epilog="Example: llmtrain eval runs/demo_cosine")

@@ -7,6 +7,7 @@ group with gloo for the CPU and NCCL for GPUs, and ends it in order. Everything 
 
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,22 +31,54 @@ class Place(NamedTuple):
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """Read rank and world size from what `torchrun`, `deepspeed` or `srun` set; alone where none did."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    """Read rank and world size from what `torchrun`, `deepspeed` or `srun` set; alone where none did.
+
+    Raises EnvironmentError where that contradicts itself: a rank that believes it is alone would train a run of its own.
+    """
+    set_by_launcher = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if set_by_launcher:
+        if len(set_by_launcher) == 1:
+            raise EnvironmentError(
+                f"{set_by_launcher[0]} is set, but RANK and WORLD_SIZE belong together: start with torchrun, "
+                f"deepspeed or srun, or `unset {set_by_launcher[0]}`"
+            )
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        local_rank = int(environment.get("LOCAL_RANK", rank))
-        local_size = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1)
-    elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        local_rank = _number(environment, "LOCAL_RANK", rank)
+        local_size = _number(environment, "LOCAL_WORLD_SIZE", _number(environment, "LOCAL_SIZE", local_rank + 1))
+    elif "SLURM_PROCID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        rank, size = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
-        local_rank = int(environment.get("SLURM_LOCALID", 0))
-        local_size = int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+        rank, size = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
+        local_rank = _number(environment, "SLURM_LOCALID", 0)
+        local_size = _tasks_on_node(environment, local_rank + 1)
     else:
         return Place(0, 1, 0, 1)
     if not 0 <= rank < size:
         raise EnvironmentError(f"rank {rank} is not below world size {size}: check {names[0]} and {names[1]}")
-    return Place(rank, size, local_rank, max(local_size, local_rank + 1))
+    if not 0 <= local_rank < local_size:
+        raise EnvironmentError(
+            f"local rank {local_rank} is not below the node's {local_size} processes: check {names[2]} and {names[3]}"
+        )
+    return Place(rank, size, local_rank, local_size)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise EnvironmentError(f'{name} is "{text}", which is not a number: the launcher sets it') from None
+
+
+def _tasks_on_node(environment: Mapping[str, str], default: int) -> int:
+    """This node's entry of, for example, `2(x3),1`: two tasks on each of three nodes, one on the fourth."""
+    counts: list[int] = []
+    for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(nodes or 1)
+    node = _number(environment, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else default
 
 
 @dataclass(frozen=True)
@@ -77,15 +110,17 @@ class World:
         """Wait until every rank is here."""
         self.sum(torch.zeros(1))
 
-    def gather_text(self, text: str, width: int = 256) -> list[str]:
-        """One short ASCII text from every rank, in rank order."""
-        data = text.encode("ascii", "replace")[:width].ljust(width)
-        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    def gather_text(self, text: str) -> list[str]:
+        """One text from every rank, in rank order."""
         if self.size == 1:
             return [text]
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine)
-        return [bytes(one.tolist()).decode("ascii").rstrip() for one in everyone]
+        data = text.encode()
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
+        width = max(1, *(int(length) for length in lengths))
+        everyone = [torch.empty(width, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(everyone, torch.frombuffer(bytearray(data.ljust(width)), dtype=torch.uint8))
+        return [bytes(one[: int(n)].tolist()).decode() for one, n in zip(everyone, lengths, strict=True)]
 
     def require_same(self, what: str, value: str) -> None:
         """Raise EnvironmentError on every rank, naming the odd ones, where `value` is not the same on all."""
@@ -124,7 +159,8 @@ def _device(place: Place) -> torch.device:
         return torch.device("cuda", place.local_rank)
     if "OMP_NUM_THREADS" not in os.environ or place.local_size == 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // place.local_size))))
+        asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2" is for nested teams
+        torch.set_num_threads(max(1, int(asked)) if asked.isdigit() else max(1, cores // place.local_size))
     return torch.device("cpu")
 
 

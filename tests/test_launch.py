@@ -35,7 +35,11 @@ def run(words: list[str], **environment: str) -> "subprocess.CompletedProcess[st
 @pytest.fixture(scope="module")
 def demo(prepared: dict[str, Any]) -> list[str]:
     """The demo config on the small data, with a small model: what the doors do with it is what counts."""
-    small = {"model": prepared["model"], "data": prepared["data"], "batch": {**prepared["batch"], "global_tokens": None}}
+    small = {
+        "model": prepared["model"],
+        "data": prepared["data"],
+        "batch": {**prepared["batch"], "global_tokens": None},
+    }
     words = ["--config", DEMO]
     for section, values in small.items():
         for key, value in values.items():

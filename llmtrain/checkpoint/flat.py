@@ -53,9 +53,8 @@ class FlatReader:
         self._open: dict[int, Any] = {}
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
         for index, path in enumerate(files):
-            for key, shape in _header(path).items():
-                kind, name, start = key.split("/")
-                piece = _Piece(int(start), int(start) + shape[0], index, key)
+            for (kind, name, start), count in read_header(path).items():
+                piece = _Piece(start, start + count, index, f"{kind}/{name}/{start}")
                 self._pieces.setdefault((kind, name), []).append(piece)
         for pieces in self._pieces.values():
             pieces.sort()
@@ -86,16 +85,33 @@ class FlatReader:
 
     def _handle(self, file: int) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(self.files[file], framework="pt")
+            try:
+                self._open[file] = safe_open(self.files[file], framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.files[file]} is not a readable rank file: {error}") from None
         return self._open[file]
 
 
-def _header(path: Path) -> dict[str, list[int]]:
-    """Tensor names and shapes of a safetensors file, from its header alone."""
+def read_header(path: Path) -> dict[tuple[str, str, int], int]:
+    """Kind, parameter and start of every slice in a rank file, and its length, without reading a slice.
+
+    Raises CheckpointError where the file is no rank file, or holds anything but fp32: moments below that are lost.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
-    except (OSError, struct.error, ValueError) as error:
+        slices = {}
+        for key, entry in header.items():
+            if key != "__metadata__":
+                kind, name, start = key.split("/")
+                slices[kind, name, int(start)] = int(entry["shape"][0])
+                if entry["dtype"] != "F32":
+                    raise CheckpointError(
+                        f"{path.name} holds {kind} of {name} as {entry['dtype']}: state below fp32 cannot be resumed"
+                    )
+    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a readable rank file: {error}") from None
-    return {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
+    return slices

@@ -87,7 +87,8 @@ class CheckpointStore:
             self._broken.append(name)
         newest = found.path.name if found else ""
         if found is not None:
-            rejected += [f"{name}: this save was cut short" for name in listing["unfinished"] if name > newest]
+            short = [name for name in listing["unfinished"] if _step(Path(name)) > _step(found.path)]
+            rejected += [f"{name}: this save was cut short" for name in short]
         latest = listing["latest"]
         if latest not in (None, newest, *self._broken):
             why = "is older" if latest in listing["published"] else "does not exist"
@@ -106,7 +107,9 @@ class CheckpointStore:
         slices = flat.slices if flat.writes else []
         mine = sum(tensor.nbytes for piece in slices for tensor in piece.tensors.values())
         size = sum(int(text) for text in self.world.gather_text(str(mine)))
-        self._raise_agreed(self._try(lambda: self._probe(size)) if self.world.first else "")
+        problem = self._agree(self._try(lambda: self._probe(size)) if self.world.first else "")
+        if problem:
+            raise CheckpointError(problem)
 
     def _write(self, temporary: Path, final: Path, flat: FlatState, state: dict[str, Any]) -> str:
         """Every rank its file, then the first rank the rest. Returns what went wrong, on every rank."""
@@ -184,11 +187,6 @@ class CheckpointStore:
     def _agree(self, problem: str) -> str:
         """The first rank's problem that has one, on every rank."""
         return next((text for text in self.world.gather_text(problem) if text), "")
-
-    def _raise_agreed(self, problem: str) -> None:
-        problem = self._agree(problem)
-        if problem:
-            raise CheckpointError(problem)
 
     def _try(self, action: Callable[[], Any]) -> str:
         try:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint.store import CheckpointStore
@@ -44,10 +43,10 @@ class Trainer:
     flops_per_token: float
     peak_flops: float | None  # of all devices together
 
-    def train(self, first: int, last: int) -> str:
+    def train(self, first: int, last: int, *, validate_first: bool) -> str:
         """Make updates first..last. Returns why it stopped before `last`, or '' when it did not."""
-        if first == 1:
-            self.validate(0)
+        if validate_first:
+            self.validate(first - 1)
         before = time.perf_counter()
         for k, micro_batches in enumerate(self.batches.iterate(first, last), start=first):
             stats = self.engine.train_step(micro_batches, self.schedule(k))
@@ -69,7 +68,13 @@ class Trainer:
 
     def due(self, every: Length | None, k: int) -> bool:
         """Whether something done `every` so often is done after update k."""
-        return every is not None and k % self.config.updates(every) == 0
+        if every is None:
+            return False
+        return k % every.updates(self.config.batch.tokens, self.schedule.total_updates) == 0
+
+    def tokens(self, k: int) -> int:
+        """Tokens consumed through update k."""
+        return self.batches.consumed(k) * self.config.batch.seq_len
 
     def record(self, k: int, stats: StepStats, seconds: float) -> None:
         """Log update k. Raises DivergenceError on every rank where its loss or gradient is not finite."""
@@ -79,7 +84,7 @@ class Trainer:
         row = {
             "kind": "step",
             "step": k,
-            "tokens": k * tokens,
+            "tokens": self.tokens(k),
             "loss": loss,
             "lr": stats.lr,
             "grad_norm": grad_norm,
@@ -105,7 +110,7 @@ class Trainer:
             row = {
                 "kind": "validation",
                 "step": k,
-                "tokens": k * self.config.batch.tokens,
+                "tokens": self.tokens(k),
                 "lr": self.schedule.lr(k),
                 "decayed": self.schedule.decayed(k),
                 **result,
@@ -121,8 +126,8 @@ class Trainer:
             self.log.sync()
         state = {
             "step": k,
-            "tokens": k * self.config.batch.tokens,
-            "samples": k * self.config.batch.sequences,
+            "tokens": self.tokens(k),
+            "samples": self.batches.consumed(k),
             "attempt": self.attempt,
             **self.facts,
         }
@@ -139,8 +144,3 @@ class Trainer:
         if self.log is not None:
             self.log.append(row)
             self.mirror(row)
-
-
-def run_folder(config: Config) -> Path:
-    """Where this run keeps everything."""
-    return Path(config.run.dir)

@@ -5,9 +5,11 @@ nats_per_byte of a named set after update k). A resume moves the rows beyond its
 no update stands twice. No torch here: reports read this file on a login node.
 """
 
+import errno
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +23,68 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
+        self.superseded = run_dir / "metrics.superseded.jsonl"
+        self._waiting: list[str] = []  # rows that a full disk has not taken yet
         run_dir.mkdir(parents=True, exist_ok=True)
+
+    def next_attempt(self) -> int:
+        """The number of the leg that starts now: one more than any leg that left a row, superseded or not."""
+        rows = [row for path in (self.path, self.superseded) if path.exists() for row in _rows(path)]
+        return 1 + max((row.get("attempt", 1) for row in rows), default=0)
 
     def rewind(self, step: int) -> int:
         """Keep the rows up to `step` (-1: none) and set the others aside. Returns how many were set aside."""
         if not self.path.exists():
             return 0
-        kept: list[str] = []
-        moved: list[str] = []
-        for line in self.path.read_text().splitlines():
-            row = _parsed(line)
-            if row is not None:
-                (kept if row["step"] <= step else moved).append(line)
+        rows = _rows(self.path)
+        moved = [row for row in rows if row["step"] > step]
         if moved:
-            with self.path.with_name("metrics.superseded.jsonl").open("a") as file:
-                file.writelines(line + "\n" for line in moved)
+            with self.superseded.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in moved)
+                file.flush()
+                os.fsync(file.fileno())
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w") as file:
-            file.writelines(line + "\n" for line in kept)
+            file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.path)
         return len(moved)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one row, in the file system's hands when this returns."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add one row, in the file system's hands when this returns, or kept until the disk takes it."""
+        waited = bool(self._waiting)
+        self._waiting.append(json.dumps(row) + "\n")
+        problem = self._write()
+        if problem and not waited:
+            warnings.warn(f"{problem}; its rows wait in memory, training goes on", stacklevel=2)
 
-    def sync(self) -> None:
-        """On the disk when this returns; called before a checkpoint that these rows lead to is published."""
-        if self.path.exists():
+    def sync(self) -> str:
+        """Called before a checkpoint that these rows lead to is published. Returns what keeps them from the disk."""
+        problem = self._write()
+        if not problem and self.path.exists():
             with self.path.open("a") as file:
                 os.fsync(file.fileno())
+        return problem
+
+    def _write(self) -> str:
+        """Write the rows that wait, all or none. Returns what went wrong."""
+        data = "".join(self._waiting).encode()
+        if not data:
+            return ""
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                before = os.fstat(file.fileno()).st_size
+                try:
+                    if file.write(data) != len(data):  # a disk that fills up takes the beginning
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            return f"{self.path} could not be written: {error.strerror}"
+        self._waiting.clear()
+        return ""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -61,8 +92,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / METRICS_FILE
     if not path.is_file():
         raise DataError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
-    rows = [_parsed(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row is not None]
+    return _rows(path)
 
 
 def perplexity(nats: float) -> float:
@@ -70,10 +100,14 @@ def perplexity(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A row, or None for the torn last line of a killed process."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, without the torn last line of a killed process."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

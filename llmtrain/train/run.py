@@ -20,6 +20,7 @@ from llmtrain.engines import build_engine
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.model.size import flops_per_token, parameter_count
 from llmtrain.schedules import Schedule, plan
+from llmtrain.train.join import ScheduleChange, last_update
 from llmtrain.train.loop import Trainer
 from llmtrain.train.metrics import MetricsLog, read_metrics
 from llmtrain.train.progress import TrainingProgress
@@ -29,10 +30,13 @@ from llmtrain.train.throughput import peak_flops
 from llmtrain.train.wandb_mirror import WandbMirror
 
 
-def train(config: Config, *, prepare_command: str, resume: Resume = "auto") -> None:
+def train(
+    config: Config, *, prepare_command: str, resume: Resume = "auto", change: ScheduleChange | None = None
+) -> None:
     """Train `config` to its last update, or until told to stop. Everything a user can get wrong is checked first.
 
-    `prepare_command` is what to run when the data is missing. Raises LlmtrainError.
+    `prepare_command` is what to run when the data is missing. With `change` a checkpoint may be gone on from on another
+    schedule than it was trained on. Raises LlmtrainError.
     """
     schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
     data = open_data(config.data.path, prepare_command)
@@ -44,7 +48,7 @@ def train(config: Config, *, prepare_command: str, resume: Resume = "auto") -> N
         world.require_same("the resolved config", to_yaml(config))
         world.require_same("the data", data.manifest.content_hash)
         world.require_same("the version of llmtrain or torch", f"{llmtrain.__version__} {torch.__version__}")
-        _train(config, world, schedule, data, held_out, resume)
+        _train(config, world, schedule, data, held_out, resume, change)
         world.barrier()
 
 
@@ -55,14 +59,14 @@ def _train(
     data: PreparedData,
     held_out: list[ValidationSet],
     resume: Resume,
+    change: ScheduleChange | None,
 ) -> None:
     torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
     run_dir = Path(config.run.dir)
     engine = build_engine(config, world)
     store = CheckpointStore(run_dir / "checkpoints", world, config.checkpoint.keep)
-    facts = describe_run(config, world, schedule, data)
-    start = begin(engine, store, config, facts, schedule, resume)
-    last = config.last_update
+    start = begin(engine, store, config, data.manifest.content_hash, schedule, resume, change)
+    last = last_update(config, start.schedule, start.since)
     log, mirror, attempt = _open_records(config, world, start, last)
     progress = TrainingProgress(
         shown=world.first, first_update=start.update, last_update=last, every=config.logging.every
@@ -72,22 +76,24 @@ def _train(
     trainer = Trainer(
         config=config,
         engine=engine,
-        schedule=schedule,
-        batches=_batches(config, world, data),
+        schedule=start.schedule,
+        batches=_batches(config, world, data, start),
         held_out=held_out,
         store=store,
         stop=stop,
         progress=progress,
         log=log,
         mirror=mirror.log if mirror else lambda row: None,
-        facts=facts,
+        facts=describe_run(config, world, start, data),
         attempt=attempt,
         flops_per_token=flops_per_token(config.model, config.batch.seq_len),
         peak_flops=None if peak is None else peak * world.size,
     )
     with progress, stop.listening():
-        progress.say(banner(config, schedule, start, engine.describe()))
-        reason = trainer.train(start.update + 1, last) if start.update < last else ""
+        progress.say(banner(config, start, last, engine.describe()))
+        reason = ""
+        if start.update < last:
+            reason = trainer.train(start.update + 1, last, validate_first=start.how != "resumed")
     if world.first:
         stop.clear()
         if mirror is not None:
@@ -115,19 +121,21 @@ def check_data(config: Config, data: PreparedData) -> None:
     data.num_samples(config.batch.seq_len)
 
 
-def describe_run(config: Config, world: World, schedule: Schedule, data: PreparedData) -> dict[str, Any]:
+def describe_run(config: Config, world: World, start: Start, data: PreparedData) -> dict[str, Any]:
     """What checkpoints and validation rows say about the run they come from."""
-    trajectory = config.trajectory(data.manifest.content_hash)
+    trajectory = {**config.trajectory(data.manifest.content_hash), "batch_segments": start.segments}
+    schedule = start.schedule
     return {
         "trajectory": trajectory,
         "trajectory_hash": content_hash(trajectory),
+        "lineage": start.lineage,
         "schedule": schedule.spec,
         "schedule_hash": schedule.hash,
         "engine": {"kind": config.engine.kind, "zero_stage": config.engine.zero_stage, "ranks": world.size},
         "versions": {"llmtrain": llmtrain.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
         "compare": {
-            "schedule": config.schedule.name,
+            "schedule": schedule.name,
             "schedule_hash": schedule.hash,
             "data_hash": data.manifest.content_hash,
             "tokenizer_hash": data.manifest.tokenizer_hash,
@@ -136,21 +144,22 @@ def describe_run(config: Config, world: World, schedule: Schedule, data: Prepare
     }
 
 
-def banner(config: Config, schedule: Schedule, start: Start, engine: str) -> str:
+def banner(config: Config, start: Start, last: int, engine: str) -> str:
     """What is printed before the first update: the whole resolved config, the engine, and where the run starts."""
     lines = [to_yaml(config).rstrip(), ""]
-    lines += [f"rejected {text}" for text in start.rejected]
     lines += [
+        *start.said,
         engine,
         f"{parameter_count(config.model):,} parameters, {config.batch.sequences} sequences or "
-        f"{config.batch.tokens:,} tokens an update, {config.last_update} updates, schedule {schedule.hash}",
+        f"{config.batch.tokens:,} tokens an update, {last} updates, schedule {start.schedule.hash}",
     ]
     if start.path is None:
         lines.append(f"FRESH START run={config.run.name}")
     else:
+        tokens = start.since.samples * config.batch.seq_len
         lines.append(
-            f"RESUMED run={config.run.name} step={start.update} tokens={start.state['tokens']} "
-            f"lr={schedule.lr(start.update):.6e} from={start.path}"
+            f"{start.how.upper()} run={config.run.name} step={start.update} tokens={tokens} "
+            f"lr={start.schedule.lr(start.update):.6e} from={start.path}"
         )
     return "\n".join(lines)
 
@@ -168,7 +177,7 @@ def _validation_set(config: Config, name: str, data: PreparedData) -> Validation
     )
 
 
-def _batches(config: Config, world: World, data: PreparedData) -> TrainBatches:
+def _batches(config: Config, world: World, data: PreparedData, start: Start) -> TrainBatches:
     order = Order(data.num_samples(config.batch.seq_len), config.run.seed, data.manifest.content_hash)
     return TrainBatches(
         data,
@@ -178,6 +187,7 @@ def _batches(config: Config, world: World, data: PreparedData) -> TrainBatches:
         seq_len=config.batch.seq_len,
         rank=world.rank,
         world_size=world.size,
+        since=start.since,
         document_mask=config.data.document_mask,
         pin=world.device.type == "cuda",
     )
@@ -193,7 +203,7 @@ def _open_records(
     log = MetricsLog(run_dir)
     rows = read_metrics(run_dir) if log.path.exists() else []
     attempt = 1 + max((row.get("attempt", 1) for row in rows), default=0)
-    log.rewind(start.update if start.path else -1)
+    log.rewind(start.update if start.how == "resumed" else -1)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return log, WandbMirror(config, run_dir), attempt
 

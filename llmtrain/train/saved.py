@@ -1,5 +1,6 @@
 """What does a saved run know? Score it again, or let it write."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,10 +72,18 @@ def generate(
 
 
 def _find(run_dir: Path, world: World, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest whole one; what was passed over on the way to it is told."""
     folder = run_dir / "checkpoints"
+    store = CheckpointStore(folder, world, keep=2)
     if step is not None:
-        return open_checkpoint(folder / f"step_{step:08d}")
-    found, rejected = CheckpointStore(folder, world, keep=2).newest_valid()
+        path = folder / f"step_{step:08d}"
+        fault = store.fault(path)
+        if fault:
+            raise CheckpointError(f"{path}: {fault}")
+        return open_checkpoint(path)
+    found, rejected = store.newest_valid()
     if found is None:
         raise CheckpointError(f"{folder} holds no whole checkpoint" + "".join(f"\n  {text}" for text in rejected))
+    for text in rejected:
+        print(f"rejected {text}", file=sys.stderr)
     return found

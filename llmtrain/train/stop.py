@@ -19,9 +19,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopRequest:
     """Collects reasons to stop on this rank, and asks the others for theirs."""
 
-    def __init__(self, run_dir: Path, max_minutes: float | None) -> None:
+    def __init__(self, run_dir: Path, max_minutes: float | None, started: float | None = None) -> None:
+        """`started`: when the job began, by time.monotonic(); now where it is not given."""
         self.file = run_dir / "stop"
-        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        started = time.monotonic() if started is None else started
+        self.deadline = None if max_minutes is None else started + 60 * max_minutes
         self.reason = ""
 
     @contextmanager
@@ -32,7 +34,8 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # None stands for a handler that Python cannot put back: one set by a library in C.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self, world: World) -> str:
         """The reason to stop after this update, the same on every rank; empty to go on."""

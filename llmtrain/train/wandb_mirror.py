@@ -5,6 +5,8 @@ resume from an older update loses none. Everything happens on a thread: a slow o
 step.
 """
 
+import contextlib
+import inspect
 import queue
 import secrets
 import threading
@@ -14,7 +16,7 @@ from typing import Any
 
 from llmtrain.config import Config
 
-_CLOSE_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 60.0
 _QUEUE_ROWS = 10_000
 
 
@@ -41,19 +43,20 @@ class WandbMirror:
 
     def close(self) -> None:
         """Let the thread finish, for a minute at most."""
-        if self.thread is not None:
-            try:
-                self.rows.put(None, timeout=1)
-            except queue.Full:
-                return
-            self.thread.join(_CLOSE_TIMEOUT_S)
+        if self.thread is None:
+            return
+        with contextlib.suppress(queue.Full):
+            self.rows.put(None, timeout=1)
+            self.thread.join(CLOSE_TIMEOUT_S)
+        if self.thread.is_alive():
+            warnings.warn("wandb did not finish in time: metrics.jsonl has every row", stacklevel=2)
 
     def _send(self, config: Config, run_dir: Path) -> None:
         try:
             run = _start(config, run_dir, self.run_id)
             while (row := self.rows.get()) is not None:
                 run.log(_named(row))
-            run.finish(quiet=True)
+            run.finish()
         except BaseException as error:  # wandb raises SystemExit and its own kinds too
             warnings.warn(f"wandb: {error}; logging goes on in metrics.jsonl alone", stacklevel=2)
 
@@ -63,7 +66,7 @@ def _start(config: Config, run_dir: Path, run_id: str) -> Any:
 
     chosen = config.logging.wandb
     mode = chosen.mode
-    if mode == "online" and not wandb.api.api_key:
+    if mode == "online" and not _has_credentials(wandb):
         warnings.warn("wandb: no API key (run `wandb login`): this run is logged offline", stacklevel=2)
         mode = "offline"
     run = wandb.init(
@@ -82,6 +85,13 @@ def _start(config: Config, run_dir: Path, run_id: str) -> Any:
     run.define_metric("trainer/step")
     run.define_metric("*", step_metric="trainer/step")
     return run
+
+
+def _has_credentials(wandb: Any) -> bool:
+    """Whether it can log in without asking: a prompt would wait for ever in a job."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)  # before 0.28 or so
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""How long does a user wait for what should be immediate? Prints one JSON object; `--out FILE` keeps it.
+
+    python tests/benchmarks/waiting.py --out tests/benchmarks/results/waiting.json
+
+Each number is the median of several repetitions, in seconds.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtrain.config import ScheduleConfig
+from llmtrain.data.order import Order
+from llmtrain.schedules import catalog, plan
+
+ROOT = Path(__file__).parent.parent.parent
+MILLION = np.arange(1, 1_000_001)
+NEEDED: dict[str, dict[str, Any]] = {
+    "exponential": {"floor": 0.1},
+    "piecewise": {"knots": [["0%", 1.0], ["100%", 0.0]]},
+    "refined": {"norms": [1.0, 2.0, 3.0, 4.0]},
+    "chain": {"pieces": [{"name": "linear", "length": "100%"}]},
+}
+
+
+def median_s(action: Callable[[], Any], repetitions: int = 5) -> float:
+    """Median wall time of `action`."""
+    taken = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        action()
+        taken.append(time.perf_counter() - begin)
+    return round(statistics.median(taken), 4)
+
+
+def command_s(*words: str, repetitions: int = 5) -> float:
+    """Median wall time of an `llmtrain` command."""
+    code = "import sys; from llmtrain.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *words]
+    return median_s(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL), repetitions)
+
+
+def million_updates_s() -> dict[str, float]:
+    """Vectorised evaluation of a million updates of every registered schedule."""
+    taken = {}
+    for shape in catalog():
+        keys = {"warmup": "0 steps", "horizon": "1000000 steps", **NEEDED.get(shape.name, {})}
+        schedule = plan(ScheduleConfig.model_validate({"name": shape.name, "peak": 1.0, **keys}), 1)
+        taken[shape.name] = median_s(lambda schedule=schedule: schedule.multipliers(MILLION), 3)
+    return taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    out = parser.parse_args().out
+    result = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "command": "python tests/benchmarks/waiting.py",
+        "llmtrain --help": command_s("--help"),
+        "schedule show --config configs/7b_cosine.yaml": command_s(
+            "schedule", "show", "--config", "configs/7b_cosine.yaml"
+        ),
+        "import llmtrain.schedules": median_s(
+            lambda: subprocess.run([sys.executable, "-c", "import llmtrain.schedules"], cwd=ROOT, check=True)
+        ),
+        "4096 samples at position 10**12": median_s(lambda: Order(10**9 + 7, 1, "abc").samples(10**12, 4096)),
+        "a million updates": million_updates_s(),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

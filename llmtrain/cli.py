@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(schedule_app, name="schedule")
@@ -160,10 +160,12 @@ def _prepare_command(config: Path, overrides: list[str] | None) -> str:
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=None if result["ranked"] else "NOT RANKED: these runs cannot be compared")
+    title = None if result["ranked"] else "NOT RANKED: these runs cannot be compared"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", no_wrap=True)
     for name in ("schedule", "tokens", "val loss", "perplexity", "nats/byte", "tokens/s"):
         table.add_column(name, justify="right" if name != "schedule" else "left", no_wrap=True)
@@ -174,7 +176,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
         table.add_row(run["run"], run["schedule"] + mark, f"{run['tokens']:,}", *numbers)
     for name, baseline in result["baselines"].items():
         table.add_row(f"({name})", "", "", "", f"{baseline['perplexity']:.2f}", f"{baseline['nats_per_byte']:.4f}", "")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for mismatch in result["mismatches"]:
         console.print(mismatch, markup=False)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from llmtrain.schedules.registry import Shape
     from llmtrain.study.schedule_shown import Shown
 
-schedule_app = typer.Typer(help="Look at learning-rate schedules before you spend.", no_args_is_help=True)
+schedule_app = typer.Typer(
+    help="Look at learning-rate schedules before you spend.", no_args_is_help=True, rich_markup_mode=None
+)
 
 _COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan")
 
@@ -54,7 +56,7 @@ def show(
     png: Annotated[Path | None, typer.Option(help="Write a figure.", metavar="FILE")] = None,
     html: Annotated[Path | None, typer.Option(help="Write an interactive page.", metavar="FILE")] = None,
 ) -> None:
-    """The learning rate of every update, of one or several schedules, and its sums."""
+    """The learning rate of every update, and what it amounts to."""
     from llmtrain.study.schedule_shown import facts, look_at
 
     fields = {"peak": peak, "warmup": warmup, "horizon": horizon, "floor": floor, "convention": convention}

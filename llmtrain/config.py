@@ -220,18 +220,6 @@ class BatchConfig(Section):
         )
 
 
-class OptimConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and its gradient clipping."""
-
-    name: Literal["adamw"] = "adamw"
-    betas: Annotated[tuple[Fraction01, Fraction01], Field(strict=False)] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.1, ge=0)
-    decay_norms: bool = False
-    decay_embeddings: bool = False
-    clip: PositiveFloat | None = Field(1.0, description="largest global gradient norm; null: no clipping")
-
-
 class ScheduleConfig(Section):
     """The learning rate of update k. Shape parameters stand beside these and are checked by the registry."""
 
@@ -257,6 +245,50 @@ class ScheduleConfig(Section):
         if self.warmup.unit == self.horizon.unit and self.warmup.value > self.horizon.value:
             raise ValueError(f'warmup "{self.warmup}" is longer than horizon "{self.horizon}"')
         return self
+
+
+class LrFactors(Section):
+    """What multiplies the learning rate of the parameters that are not matrices of the blocks."""
+
+    embed: PositiveFloat = 1.0
+    head: PositiveFloat = 1.0
+    norm: PositiveFloat = Field(1.0, description="all norms, the last one too")
+
+
+class OptimConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and its gradient clipping.
+
+    Update k shrinks a decayed weight by the factor 1 - lr(k) * weight_decay, where lr(k) = peak * f(k), or by
+    1 - f(k) * weight_decay with independent decay: then a search for the peak leaves the decay alone (Wortsman 2023,
+    arXiv:2309.14322). Under `weight_decay_schedule`, with multiplier g, `weight_decay` stands for weight_decay * g(k).
+    """
+
+    name: Literal["adamw"] = "adamw"
+    betas: Annotated[tuple[Fraction01, Fraction01], Field(strict=False)] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.1, ge=0)
+    decay_norms: bool = False
+    decay_embeddings: bool = False
+    clip: PositiveFloat | None = Field(1.0, description="largest global gradient norm; null: no clipping")
+    lr_factors: LrFactors = LrFactors()
+    independent_weight_decay: bool = Field(False, description="decay by f(k) * weight_decay, whatever the peak")
+    weight_decay_schedule: ScheduleConfig | None = Field(
+        None, description="written like schedule, its peak is weight_decay; null: constant"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decay_from_its_peak(cls, values: Any) -> Any:
+        """Fill in what is not written: the schedule's peak."""
+        written = values.get("weight_decay_schedule") if isinstance(values, dict) else None
+        if not isinstance(written, dict):
+            return values
+        decay = values.get("weight_decay", cls.model_fields["weight_decay"].default)
+        if decay == 0:
+            raise ValueError("weight_decay_schedule schedules weight_decay, which is 0: leave it out")
+        if written.get("peak", decay) != decay:
+            raise ValueError(f"weight_decay_schedule.peak is weight_decay, {decay}: leave it out")
+        return {**values, "weight_decay_schedule": {**written, "peak": decay}}
 
 
 class OffloadConfig(Section):
@@ -358,6 +390,8 @@ class Config(Section):
             )
         if self.batch.sequences % self.batch.micro:
             self.batch.accumulation(1)
+        if self.model.tie_embeddings and self.optim.lr_factors.head != 1:
+            raise ValueError("optim.lr_factors.head: the head is tied to the embedding; write optim.lr_factors.embed")
         warmup = self.schedule.warmup
         if warmup.unit != "auto" and warmup.updates(self.batch.tokens, self.total_updates) > self.total_updates:
             raise ValueError(

@@ -33,7 +33,7 @@ class Place(NamedTuple):
 def find_place(environment: Mapping[str, str]) -> Place:
     """Read rank and world size from what `torchrun`, `deepspeed` or `srun` set; alone where none did.
 
-    Raises EnvironmentError where that contradicts itself: a rank that believes it is alone would train a run of its own.
+    Raises EnvironmentError where that contradicts itself: a rank that thinks it is alone would train its own run.
     """
     set_by_launcher = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
     if set_by_launcher:

@@ -56,7 +56,7 @@ class CheckpointStore:
         if self.world.any(self.world.first and final.exists()):
             if not self.fault(final):
                 return None
-            self._broken.append(final.name)
+            self._broken = [*{*self._broken, final.name}]
         if self.world.first and not problem:
             problem = self._try(lambda: self._make_place(temporary))
         problem = self._agree(problem)

@@ -27,7 +27,8 @@ class StepStats(NamedTuple):
 
     loss: Tensor  # scalar: nats per valid token of the global batch, before the update
     grad_norm: Tensor  # scalar: global L2 norm before clipping
-    lr: float  # read back from the optimizer that made the update
+    lr: float  # of the blocks' matrices, like the next read back from the optimizer that made the update
+    weight_decay: float
 
 
 class Slice(NamedTuple):
@@ -61,8 +62,10 @@ class Engine(Protocol):
 
     world: World
 
-    def train_step(self, micro_batches: Sequence[Batch], lr_multiplier: float) -> StepStats:
-        """One update from this rank's micro-batches, at `lr_multiplier` times the peak."""
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr_multiplier: float, decay_multiplier: float = 1.0
+    ) -> StepStats:
+        """One update from this rank's micro-batches, at these multipliers of the peak and of the weight decay."""
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -92,37 +95,48 @@ class Engine(Protocol):
 
 @dataclass
 class LearningRate:
-    """Writes the learning rate into an optimizer's groups, looked up afresh before every update."""
+    """Writes learning rate and weight decay into an optimizer's groups, looked up afresh before every update.
+
+    AdamW shrinks a weight by lr * weight_decay. Independent decay is to shrink it by weight_decay times the multiplier
+    of the learning rate, so it is divided by the rest of the rate: the peak and the group's factor.
+    """
 
     peak: float
+    independent_decay: bool
 
-    def write(self, optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    @classmethod
+    def of(cls, config: Config) -> "LearningRate":
+        """What a config asks for."""
+        return cls(config.schedule.peak, config.optim.independent_weight_decay)
+
+    def write(self, optimizer: torch.optim.Optimizer, multiplier: float, decay_multiplier: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self.peak * multiplier * group["lr_scale"]
+            rate = self.peak * group["lr_scale"] if self.independent_decay else 1.0
+            group["weight_decay"] = group["decay"] * decay_multiplier / rate
 
     @staticmethod
-    def read(optimizer: torch.optim.Optimizer) -> float:
-        """The rate the last update was made with."""
-        return float(optimizer.param_groups[0]["lr"])
+    def read(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+        """Learning rate and weight decay that the last update was made with, of the first group: the matrices."""
+        group = optimizer.param_groups[0]
+        return float(group["lr"]), float(group["weight_decay"])
 
 
 def parameter_groups(named: Iterable[tuple[str, Any]], optim: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay; norms and embeddings only where the config says so."""
-    decayed: list[Any] = []
-    plain: list[Any] = []
+    """AdamW groups by decay and learning-rate factor, the blocks' matrices first; norms and embeddings decay only
+    where the config says so.
+    """
+    factors = optim.lr_factors.model_dump()
+    grouped: dict[tuple[bool, float], list[Any]] = {(True, 1.0): []}
     for name, parameter in named:
-        if name.endswith("norm.weight"):
-            decays = optim.decay_norms
-        elif name == "embed.weight":
-            decays = optim.decay_embeddings
-        else:
-            decays = True
-        (decayed if decays else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": optim.weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+        kind = "norm" if name.endswith("norm.weight") else name.removesuffix(".weight")
+        decays = {"norm": optim.decay_norms, "embed": optim.decay_embeddings}.get(kind, True)
+        grouped.setdefault((decays, factors.get(kind, 1.0)), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "decay": decay, "lr_scale": factor}
+        for (decays, factor), parameters in grouped.items()
+        for decay in [optim.weight_decay if decays else 0.0]
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_adamw(named: Iterable[tuple[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:

@@ -75,7 +75,7 @@ class DeepSpeedEngine:
         self.world = world
         self.stage = config.engine.zero_stage
         self.precision = config.engine.precision
-        self.rate = LearningRate(config.schedule.peak)
+        self.rate = LearningRate.of(config)
         self.json = generated_json(config, world.size)
         self.autocast = self.stage == 0 and self.precision == "bf16"
         building: AbstractContextManager[Any] = torch.device("meta")
@@ -100,10 +100,12 @@ class DeepSpeedEngine:
         assert isinstance(found, torch.optim.Optimizer)
         return found
 
-    def train_step(self, micro_batches: Sequence[Batch], lr_multiplier: float) -> StepStats:
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr_multiplier: float, decay_multiplier: float = 1.0
+    ) -> StepStats:
         valid = count_valid(self.world, micro_batches)
         nats = torch.zeros((), device=self.world.device)
-        self.rate.write(self.optimizer, lr_multiplier)
+        self.rate.write(self.optimizer, lr_multiplier, decay_multiplier)
         for batch in micro_batches:
             batch = batch.to(self.world.device)
             with self._computing():
@@ -115,7 +117,7 @@ class DeepSpeedEngine:
             nats += loss.detach()
         self.updates += 1
         norm = torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float32)
-        return StepStats(self.world.sum(nats) / valid, norm, self.rate.read(self.optimizer))
+        return StepStats(self.world.sum(nats) / valid, norm, *self.rate.read(self.optimizer))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -45,7 +45,7 @@ class FsdpEngine:
     def __init__(self, config: Config, world: World) -> None:
         self.world = world
         self.clip = config.optim.clip
-        self.rate = LearningRate(config.schedule.peak)
+        self.rate = LearningRate.of(config)
         self.precision = config.engine.precision
         self.mesh = _mesh(config, world)
         with torch.device("meta"):
@@ -62,7 +62,9 @@ class FsdpEngine:
         self.optimizer = build_adamw(self.model.named_parameters(), config.optim)
         self.updates = 0
 
-    def train_step(self, micro_batches: Sequence[Batch], lr_multiplier: float) -> StepStats:
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr_multiplier: float, decay_multiplier: float = 1.0
+    ) -> StepStats:
         valid = count_valid(self.world, micro_batches)
         nats = torch.zeros((), device=self.world.device)
         for batch in micro_batches:
@@ -76,11 +78,11 @@ class FsdpEngine:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        self.rate.write(self.optimizer, lr_multiplier)
+        self.rate.write(self.optimizer, lr_multiplier, decay_multiplier)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
-        return StepStats(self.world.sum(nats) / valid, norm, self.rate.read(self.optimizer))
+        return StepStats(self.world.sum(nats) / valid, norm, *self.rate.read(self.optimizer))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

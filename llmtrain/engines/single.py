@@ -42,7 +42,7 @@ class SingleEngine:
             )
         self.world = world
         self.clip = config.optim.clip
-        self.rate = LearningRate(config.schedule.peak)
+        self.rate = LearningRate.of(config)
         with torch.device("meta"):
             model = Decoder(config.model)
         self.model = model.to_empty(device=world.device)
@@ -57,7 +57,9 @@ class SingleEngine:
         self.optimizer = build_adamw(self.masters.items(), config.optim)
         self.updates = 0
 
-    def train_step(self, micro_batches: Sequence[Batch], lr_multiplier: float) -> StepStats:
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr_multiplier: float, decay_multiplier: float = 1.0
+    ) -> StepStats:
         valid = max(1, sum(batch.num_valid for batch in micro_batches))
         nats = torch.zeros((), device=self.world.device)
         for batch in micro_batches:
@@ -69,12 +71,12 @@ class SingleEngine:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.clip, norm)
-        self.rate.write(self.optimizer, lr_multiplier)
+        self.rate.write(self.optimizer, lr_multiplier, decay_multiplier)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
         self._publish()
-        return StepStats(nats / valid, norm, self.rate.read(self.optimizer))
+        return StepStats(nats / valid, norm, *self.rate.read(self.optimizer))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ def loss_and_lr(runs: list[RunCurve], path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, (loss, rate) = plt.subplots(
         2, 1, figsize=(9, 7), sharex=True, gridspec_kw={"height_ratios": [3, 1]}, constrained_layout=True
@@ -35,6 +36,7 @@ def loss_and_lr(runs: list[RunCurve], path: Path) -> None:
     loss.grid(alpha=0.3)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("tokens")
+    rate.xaxis.set_major_formatter(EngFormatter(sep=""))
     rate.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

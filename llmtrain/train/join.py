@@ -45,7 +45,7 @@ def join(
     saved = Schedule.from_spec(state["schedule"])
     configured = configured.over(clock(segments, config.batch.seq_len))
     onward = saved.with_batch(at, config.batch.tokens) if rebatched else saved
-    same_curve = continues(onward, configured)
+    same_curve = continues(onward, configured) and onward.lr(at) == saved.lr(at)
     if same_curve and not rebatched:
         return Joined(saved, segments, [])
     in_tokens = config.schedule.horizon.unit == "tokens"

@@ -31,6 +31,7 @@ class Trainer:
     config: Config
     engine: Engine
     schedule: Schedule
+    decay: Callable[[int], float]  # k to the multiplier of the weight decay
     batches: TrainBatches
     held_out: list[ValidationSet]
     store: CheckpointStore
@@ -49,7 +50,7 @@ class Trainer:
             self.validate(first - 1)
         before = time.perf_counter()
         for k, micro_batches in enumerate(self.batches.iterate(first, last), start=first):
-            stats = self.engine.train_step(micro_batches, self.schedule(k))
+            stats = self.engine.train_step(micro_batches, self.schedule(k), self.decay(k))
             now = time.perf_counter()
             self.record(k, stats, now - before)
             before = now
@@ -87,6 +88,7 @@ class Trainer:
             "tokens": self.tokens(k),
             "loss": loss,
             "lr": stats.lr,
+            "weight_decay": stats.weight_decay,
             "grad_norm": grad_norm,
             "step_time_s": round(seconds, 6),
             "tokens_per_s": round(tokens / seconds, 1),
@@ -122,8 +124,7 @@ class Trainer:
 
     def save(self, k: int, *, must: bool) -> None:
         """Publish a checkpoint of update k. A failed save is told, and ends the run only where it `must` succeed."""
-        if self.log is not None:
-            self.log.sync()
+        unwritten = "" if self.log is None else self.log.sync()
         state = {
             "step": k,
             "tokens": self.tokens(k),
@@ -131,7 +132,7 @@ class Trainer:
             "attempt": self.attempt,
             **self.facts,
         }
-        problem = self.store.save(self.engine.state(), state)
+        problem = self.store.save(self.engine.state(), state, unwritten)
         if problem is None:
             self.progress.say(f"step {k}  saved {self.store.folder / f'step_{k:08d}'}")
         elif must:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from llmtrain.engines import build_engine
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.model.size import flops_per_token, parameter_count
 from llmtrain.schedules import Schedule, plan
-from llmtrain.train.join import ScheduleChange, last_update
+from llmtrain.train.join import ScheduleChange, Segments, clock, last_update
 from llmtrain.train.loop import Trainer
-from llmtrain.train.metrics import MetricsLog, read_metrics
+from llmtrain.train.metrics import MetricsLog
 from llmtrain.train.progress import TrainingProgress
 from llmtrain.train.start import Resume, Start, begin
 from llmtrain.train.stop import StopRequest
@@ -39,6 +40,7 @@ def train(
     schedule than it was trained on. Raises LlmtrainError.
     """
     schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
+    decay_multiplier(config, [[0, 0, config.batch.sequences]])
     data = open_data(config.data.path, prepare_command)
     held_out = validation_sets(config, data)
     check_data(config, data)
@@ -77,6 +79,7 @@ def _train(
         config=config,
         engine=engine,
         schedule=start.schedule,
+        decay=decay_multiplier(config, start.segments),
         batches=_batches(config, world, data, start),
         held_out=held_out,
         store=store,
@@ -100,6 +103,15 @@ def _train(
             mirror.close()
         how = f"STOPPED ({reason}): the same command goes on from here" if reason else f"FINISHED run={config.run.name}"
         progress.say(f"{how}  {run_dir}")
+
+
+def decay_multiplier(config: Config, segments: Segments) -> Callable[[int], float]:
+    """The multiplier of the weight decay of update k: 1 where it has no schedule. Raises ScheduleError."""
+    written = config.optim.weight_decay_schedule
+    if written is None:
+        return lambda k: 1.0
+    in_tokens = clock(segments, config.batch.seq_len)
+    return plan(written, in_tokens[0][2], config.optim.betas[1]).over(in_tokens)
 
 
 def validation_sets(config: Config, data: PreparedData) -> list[ValidationSet]:
@@ -201,8 +213,7 @@ def _open_records(
         return None, None, 1
     run_dir = Path(config.run.dir)
     log = MetricsLog(run_dir)
-    rows = read_metrics(run_dir) if log.path.exists() else []
-    attempt = 1 + max((row.get("attempt", 1) for row in rows), default=0)
+    attempt = log.next_attempt()
     log.rewind(start.update if start.how == "resumed" else -1)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return log, WandbMirror(config, run_dir), attempt

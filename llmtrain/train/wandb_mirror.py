@@ -91,7 +91,7 @@ def _has_credentials(wandb: Any) -> bool:
     """Whether it can log in without asking: a prompt would wait for ever in a job."""
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False, verify=False))
-    return bool(wandb.api.api_key)  # before 0.28 or so
+    return bool(wandb.api.api_key)  # as older versions tell it
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Who am I, and do the ranks agree?"""
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.distributed import Place, find_place, open_world
+from llmtrain.errors import EnvironmentError
+from tests import ranks
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "node-a",
+    "MASTER_PORT": "29500",
+}
+DEEPSPEED = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "0",
+    "CROSS_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "6",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+}
+SBATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "6", "SLURM_NNODES": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        (TORCHRUN, Place(5, 8, 1, 4)),
+        (DEEPSPEED, Place(1, 2, 1, 2)),
+        (SRUN, Place(3, 6, 1, 2)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "1,3(x2)"}, Place(3, 6, 1, 3)),
+        ({**SBATCH, **TORCHRUN}, Place(5, 8, 1, 4)),
+        (SBATCH, Place(0, 1, 0, 1)),
+        ({**SBATCH, "SLURM_STEP_NUM_TASKS": "1"}, Place(0, 1, 0, 1)),
+        ({}, Place(0, 1, 0, 1)),
+    ],
+    ids=["torchrun", "deepspeed", "srun", "srun uneven", "torchrun in sbatch", "sbatch", "sbatch step of one", "none"],
+)
+def test_every_launcher_is_understood(environment: dict[str, str], place: Place) -> None:
+    """Ranks would train alone, or take each other's GPU."""
+    assert find_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({**TORCHRUN, "RANK": "8"}, "rank 8 is not below world size 8"),
+        ({**TORCHRUN, "RANK": "-1"}, "rank -1"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, "local rank 4 is not below the node's 4 processes"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, 'WORLD_SIZE is "two"'),
+        ({"RANK": "1"}, "RANK is set, but RANK and WORLD_SIZE belong together"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK and WORLD_SIZE belong together"),
+        ({**SRUN, "SLURM_PROCID": "6"}, "SLURM_PROCID"),
+        ({**SRUN, "SLURM_LOCALID": ""}, None),
+    ],
+)
+def test_a_contradiction_is_refused(environment: dict[str, str], said: str | None) -> None:
+    """A rank that misunderstands its place would hang the others, or train a run of its own in their folder."""
+    if said is None:
+        assert find_place(environment).local_rank == 0
+        return
+    with pytest.raises(EnvironmentError, match=said.replace("(", r"\(")):
+        find_place(environment)
+
+
+def agree() -> None:
+    """On each of three ranks: what is gathered, and what is said when one of them differs."""
+    with open_world(60, collectives=True) as world:
+        texts = world.gather_text("é" * 1000 * world.rank + " ")
+        assert texts == ["é" * 1000 * rank + " " for rank in range(3)]
+        assert world.gather_text("") == ["", "", ""]
+        world.require_same("the seed", "7")
+        try:
+            world.require_same("the seed", "8" if world.rank == 1 else "7")
+        except EnvironmentError as error:
+            print(error)
+        world.barrier()
+
+
+def test_the_odd_rank_is_named_with_its_host(tmp_path: Path) -> None:
+    """A user with 256 ranks could not find the node with the old checkout."""
+    import socket
+
+    running = ranks.start(tmp_path / "logs", 3, agree).succeeded()
+    host = socket.gethostname()
+    assert running.text().count(f"the seed on rank 1 on {host} is not that of rank 0 on {host}") == 3

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from llmtrain.checkpoint.flat import FlatReader, write_rank_file
 from llmtrain.checkpoint.store import CheckpointStore, open_checkpoint
 from llmtrain.cli import main
-from llmtrain.distributed import World
+from llmtrain.distributed import World, open_world
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT, Engine, FlatState, Slice
 from llmtrain.errors import CheckpointError
 from llmtrain.train.metrics import read_metrics
@@ -208,6 +208,27 @@ def test_too_small_a_disk_is_told_before_the_first_update(tmp_path: Path, monkey
     store.require_room(flat(10))
 
 
+def apart(folder: Path) -> None:
+    """Ask for room on one folder, and then on a folder of each rank."""
+    from llmtrain.checkpoint import store
+
+    store.APPEARS_WITHIN_S = 1.0
+    with open_world(60, collectives=True) as world:
+        CheckpointStore(folder, world, 2).require_room(flat(0))
+        try:
+            CheckpointStore(folder / str(world.rank), world, 2).require_room(flat(0))
+        except CheckpointError as error:
+            print(error)
+        world.barrier()
+
+
+def test_a_folder_that_nodes_do_not_share_is_told_before_the_first_update(tmp_path: Path) -> None:
+    """Every node would write its part to its own disk, and no checkpoint would ever be whole."""
+    running = ranks.start(tmp_path / "logs", 2, apart, tmp_path / "run").succeeded()
+    assert running.text().count("rank 1 does not see") == 2
+    assert not list((tmp_path / "run").rglob("probe*"))
+
+
 def carry(words: list[str], target: Path) -> None:
     """One leg, which also saves what it has loaded to another folder before it trains."""
     from llmtrain.train import run
@@ -216,7 +237,7 @@ def carry(words: list[str], target: Path) -> None:
 
     def begin(engine: Engine, store: CheckpointStore, *arguments: Any) -> Any:
         start = real(engine, store, *arguments)
-        assert CheckpointStore(target, store.world, 2).save(engine.state(), start.state) is None
+        assert CheckpointStore(target, store.world, 2).save(engine.state(), {}) is None
         return start
 
     run.begin = begin  # type: ignore[assignment]

@@ -114,7 +114,9 @@ def test_commands_on_something_that_is_no_run(tmp_path: Path, capsys: Captured) 
         assert "nothing" in err
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "eval", "generate", "compare", "schedule show", "schedule list"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "train", "eval", "generate", "compare", "schedule show", "schedule list"]
+)
 def test_help_fits_the_screen_and_shows_an_example(command: str) -> None:
     """A newcomer would have to scroll, and guess."""
     words = [sys.executable, "-c", f"from llmtrain.cli import main; main({[*command.split(), '--help']!r})"]

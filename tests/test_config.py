@@ -76,7 +76,7 @@ def test_yaml_traps() -> None:
         ({"batch__global_tokens": "1K"}, ["exactly one of global_tokens and global_sequences"]),
         ({"batch__seq_len": 1024}, ["batch.seq_len 1024 exceeds model.max_seq_len 512"]),
         ({"model__vocab_size": 1000}, ["data.tokenizer.vocab_size 4096 exceeds model.vocab_size 1000"]),
-        ({"model__num_heads": 3}, ["hidden_size 256", "num_heads 3"]),
+        ({"model__num_heads": 3}, ["hidden_size 128", "num_heads 3"]),
         ({"engine__deepspeed": {"scheduler": {}}}, ['"scheduler" is refused', "schedule"]),
         ({"run__name": "a b"}, ["run.name"]),
         ({"run__name": False}, ["run.name"]),

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from llmtrain.checkpoint import store
 from llmtrain.cli import main
 from llmtrain.config_file import load_config
-from llmtrain.errors import DataError, DivergenceError
+from llmtrain.errors import CheckpointError, DataError, DivergenceError
 from llmtrain.train.metrics import read_metrics
+from llmtrain.train.saved import evaluate_run
 from tests import ranks
 from tests.conftest import text_folder
 from tests.test_resume import ENGINES, history, weights
@@ -125,18 +126,19 @@ def test_the_last_validation_is_there_once_whatever_was_resumed(prepared: dict[s
     assert len((run / "metrics.superseded.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(leg: Leg, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(leg: Leg, tmp_path: Path, engine: str) -> None:
     """A broken model would be trained on for days, and overwrite the good checkpoints."""
     run = tmp_path / "run"
-    leg("run", 2, "engine.kind=fsdp", "run.stop_at=6 steps", "checkpoint.every=3 steps").succeeded()
+    leg("run", 2, *ENGINES[engine], "run.stop_at=6 steps", "checkpoint.every=3 steps").succeeded()
     checkpoint = run / "checkpoints" / "step_00000006"
     file = checkpoint / "rank_00001.safetensors"
     tensors = load_file(file)
-    name = next(key for key in tensors if key.startswith("weight/blocks.1."))
+    name = next(key for key in tensors if key.startswith("weight/"))
     tensors[name][0] = torch.nan
     save_file(tensors, file)
     seal(checkpoint)
-    broken = leg("run", 2, "engine.kind=fsdp", "checkpoint.every=1 steps")
+    broken = leg("run", 2, *ENGINES[engine], "checkpoint.every=1 steps")
     assert broken.wait() == [DivergenceError.exit_code] * 2 == [3, 3]
     said = broken.text()
     assert "Traceback" not in said
@@ -145,6 +147,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(leg: Leg, tmp_
     assert "schedule.peak" in said
     assert sorted(path.name for path in checkpoint.parent.glob("step_*")) == ["step_00000003", "step_00000006"]
     assert len(history(run)) == 6
+
+
+def test_a_damaged_checkpoint_is_not_judged(
+    prepared: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table of results would hold a number from garbage, or one from another update than it says."""
+    run = tmp_path / "run"
+    train_here(prepared, run, "checkpoint.every=10 steps", "validation.every=10 steps")
+    file = run / "checkpoints" / "step_00000020" / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"four")
+    capsys.readouterr()
+    (row,) = evaluate_run(run)
+    logged = next(row for row in read_metrics(run) if (row["kind"], row["step"]) == ("validation", 10))
+    assert (row["step"], row["loss"]) == (10, pytest.approx(logged["loss"], rel=1e-9))
+    assert f"rejected step_00000020: {file.name} is not what was written" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=f"step_00000020: {file.name} is not what was written"):
+        evaluate_run(run, 20)
+    with pytest.raises(CheckpointError, match=r"step_00000015: manifest\.json is missing"):
+        evaluate_run(run, 15)
 
 
 def without_network(words: list[str]) -> None:
@@ -175,3 +196,14 @@ def test_training_needs_no_network(prepared: dict[str, Any], tmp_path: Path) -> 
     assert running.text().count("IMPORTED []") == 2
     assert "REFUSED" not in running.text()
     assert len(history(tmp_path / "run")) == 20
+
+
+def test_a_run_stopped_at_its_last_update_is_validated_when_it_is_started_again(leg: Leg, tmp_path: Path) -> None:
+    """A run ended by a signal just where it should end would never be compared."""
+    leg("run", 1, "run.stop_at=6 steps").succeeded()
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = [line for line in path.read_text().splitlines() if '"kind": "step"' in line]
+    path.write_text("\n".join(rows) + "\n")
+    for _ in range(2):
+        leg("run", 1, "run.stop_at=6 steps", arguments=("--resume", "must")).succeeded()
+        assert [row["step"] for row in read_metrics(tmp_path / "run") if row["kind"] == "validation"] == [6]

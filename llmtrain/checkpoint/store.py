@@ -11,7 +11,9 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from llmtrain.errors import CheckpointError
 
 FORMAT = 1
 LATEST = "latest"
+APPEARS_WITHIN_S = 60.0
 
 _NAME = re.compile(r"step_(\d{8,})(\.tmp|\.broken)?")
 
@@ -103,11 +106,18 @@ class CheckpointStore:
         return self._agree(found)
 
     def require_room(self, flat: FlatState) -> None:
-        """Raise CheckpointError, before hours are spent, where the disk cannot take the checkpoints to be kept."""
+        """Raise CheckpointError, before hours are spent, where the disk cannot take what is to be kept, or is no
+        disk that all ranks share."""
         slices = flat.slices if flat.writes else []
         mine = sum(tensor.nbytes for piece in slices for tensor in piece.tensors.values())
         size = sum(int(text) for text in self.world.gather_text(str(mine)))
-        problem = self._agree(self._try(lambda: self._probe(size)) if self.world.first else "")
+        probe = self.folder / f"probe_{self.world.gather_text(secrets.token_hex(4))[0]}"
+        problem = self._agree(self._try(lambda: self._require_free(size, probe)) if self.world.first else "")
+        if not problem and not _appears(probe):
+            problem = f"rank {self.world.rank} does not see {self.folder}: run.dir must lie on a disk all nodes share"
+        problem = self._agree(problem)
+        if self.world.first:
+            probe.unlink(missing_ok=True)
         if problem:
             raise CheckpointError(problem)
 
@@ -172,10 +182,10 @@ class CheckpointStore:
             elif path.suffix == ".tmp":
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _probe(self, size: int) -> None:
+    def _require_free(self, size: int, probe: Path) -> None:
+        """Write a probe, and compare what is free with what checkpoints of `size` bytes will take."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "probe").write_bytes(b"x")
-        (self.folder / "probe").unlink()
+        probe.write_bytes(b"x")
         wanted = max(1, self.keep + 1 - len(self._listing()["published"])) * size
         free = shutil.disk_usage(self.folder).free
         if free < wanted:
@@ -252,6 +262,16 @@ def _publish(temporary: Path, final: Path, entries: list[dict[str, Any]], state:
     _sync(temporary)
     temporary.rename(final)
     _sync(final.parent)
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is here, or comes to be seen: a network disk may take a while."""
+    deadline = time.monotonic() + APPEARS_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _step(path: Path) -> int:

@@ -204,8 +204,9 @@ def _import_deepspeed(world: World) -> Any:
     logger.setLevel(logging.WARNING)
     # It calls collectives by names that newer versions of torch deprecate.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*")
-    with redirect_stdout(io.StringIO()):  # it prints which extension it compiled
-        deepspeed.init_distributed(dist_init_required=False)
+    # On a CPU it would compile an extension for inference when first started, behind a lock that a kill leaves there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 
 

@@ -32,6 +32,11 @@ class MetricsLog:
         rows = [row for path in (self.path, self.superseded) if path.exists() for row in _rows(path)]
         return 1 + max((row.get("attempt", 1) for row in rows), default=0)
 
+    def validated(self, step: int) -> bool:
+        """Whether there is a validation after update `step`."""
+        rows = _rows(self.path) if self.path.exists() else []
+        return any(row["kind"] == "validation" and row["step"] == step for row in rows)
+
     def rewind(self, step: int) -> int:
         """Keep the rows up to `step` (-1: none) and set the others aside. Returns how many were set aside."""
         if not self.path.exists():

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def train(
     `prepare_command` is what to run when the data is missing. With `change` a checkpoint may be gone on from on another
     schedule than it was trained on. Raises LlmtrainError.
     """
+    stop = StopRequest(Path(config.run.dir), config.run.max_minutes)
     schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
     decay_multiplier(config, [[0, 0, config.batch.sequences]])
     data = open_data(config.data.path, prepare_command)
@@ -50,7 +52,7 @@ def train(
         world.require_same("the resolved config", to_yaml(config))
         world.require_same("the data", data.manifest.content_hash)
         world.require_same("the version of llmtrain or torch", f"{llmtrain.__version__} {torch.__version__}")
-        _train(config, world, schedule, data, held_out, resume, change)
+        _train(config, world, schedule, data, held_out, stop, resume, change)
         world.barrier()
 
 
@@ -60,6 +62,7 @@ def _train(
     schedule: Schedule,
     data: PreparedData,
     held_out: list[ValidationSet],
+    stop: StopRequest,
     resume: Resume,
     change: ScheduleChange | None,
 ) -> None:
@@ -68,12 +71,12 @@ def _train(
     engine = build_engine(config, world)
     store = CheckpointStore(run_dir / "checkpoints", world, config.checkpoint.keep)
     start = begin(engine, store, config, data.manifest.content_hash, schedule, resume, change)
+    store.require_room(engine.state())
     last = last_update(config, start.schedule, start.since)
     log, mirror, attempt = _open_records(config, world, start, last)
     progress = TrainingProgress(
         shown=world.first, first_update=start.update, last_update=last, every=config.logging.every
     )
-    stop = StopRequest(run_dir, config.run.max_minutes)
     peak = peak_flops(world.device, config.engine.precision)
     trainer = Trainer(
         config=config,
@@ -92,17 +95,17 @@ def _train(
         flops_per_token=flops_per_token(config.model, config.batch.seq_len),
         peak_flops=None if peak is None else peak * world.size,
     )
-    with progress, stop.listening():
+    with stop.listening(), progress, closing(mirror) if mirror else nullcontext():
         progress.say(banner(config, start, last, engine.describe()))
         reason = ""
         if start.update < last:
             reason = trainer.train(start.update + 1, last, validate_first=start.how != "resumed")
-    if world.first:
-        stop.clear()
-        if mirror is not None:
-            mirror.close()
-        how = f"STOPPED ({reason}): the same command goes on from here" if reason else f"FINISHED run={config.run.name}"
-        progress.say(f"{how}  {run_dir}")
+        elif world.any(log is not None and not log.validated(last)):
+            trainer.validate(last)
+        if world.first:
+            stop.clear()
+    how = f"STOPPED ({reason}): the same command goes on from here" if reason else f"FINISHED run={config.run.name}"
+    progress.say(f"{how}  {run_dir}")
 
 
 def decay_multiplier(config: Config, segments: Segments) -> Callable[[int], float]:

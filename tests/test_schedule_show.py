@@ -64,8 +64,10 @@ def test_config_is_shown_as_it_will_run(show: Show) -> None:
     """The preview of a config would differ from its run, and flags beside it would be ignored."""
     loaded = load_config(CONFIG)
     schedule = plan(loaded.schedule, loaded.batch.tokens, loaded.optim.betas[1])
-    assert json.loads(show("--config", str(CONFIG), "--json"))["lr"] == [schedule.lr(k) for k in range(1, 201)]
+    updates = range(1, loaded.total_updates + 1)
+    assert json.loads(show("--config", str(CONFIG), "--json"))["lr"] == [schedule.lr(k) for k in updates]
     words = ["--config", str(CONFIG), "--json", "--peak", "0.001", "--set", "run.stop_at=50%"]
+    words += ["--warmup", "20 steps", "--horizon", "200 steps"]
     both = json.loads(show("wsd", *words, "--set", "decay=10%"))["schedules"]
     assert [one["name"] for one in both] == ["demo_cosine", "wsd"]
     assert all(one["summary"]["updates"] == 100 and len(one["lr"]) == 200 for one in both)
@@ -79,7 +81,8 @@ def test_module_of_a_config_is_shown(show: Show, tmp_path: Path, monkeypatch: py
     own.write_text(re.findall(r"```python\n(# my_schedules.*?)```", DOCS, re.DOTALL)[0])
     config = tmp_path / "own.yaml"
     config.write_text(CONFIG.read_text().replace("name: cosine", f"name: late_drop, module: {own}, power: 2"))
-    found = json.loads(show("late_drop:power=1", "linear", "--config", str(config), "--json"))["schedules"]
+    words = ["--config", str(config), "--peak", "3e-3", "--warmup", "20 steps", "--horizon", "200 steps", "--json"]
+    found = json.loads(show("late_drop:power=1", "linear", *words))["schedules"]
     x = np.arange(181) / 180
     assert np.allclose(found[0]["lr"][19:], 3e-3 * (0.1 + 0.9 * (1 - x**2)), rtol=1e-12, atol=0)
     assert found[1]["lr"] == found[2]["lr"] != found[0]["lr"]

@@ -63,7 +63,12 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on where the run folder has a checkpoint; must; never.")
+        str,
+        typer.Option(
+            metavar="auto|must|never|CHECKPOINT",
+            help="auto: go on where the run folder has a checkpoint; must; never; or from the one named, by its folder "
+            "or as RUN@UPDATE.",
+        ),
     ] = "auto",
     schedule_change: Annotated[
         str | None,
@@ -76,8 +81,6 @@ def train(
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train, or go on training. Also launch/pretrain.py under deepspeed, torchrun or srun."""
-    if resume not in ("auto", "must", "never"):
-        raise typer.BadParameter(f"--resume {resume}: choose auto, must or never")
     if schedule_change not in (None, "extend", "replace"):
         raise typer.BadParameter(f"--schedule-change {schedule_change}: choose extend or replace")
     from llmtrain.config_file import load_config
@@ -88,7 +91,7 @@ def train(
     train_run(
         loaded,
         prepare_command=_prepare_command(config, overrides),
-        resume=resume,  # type: ignore[arg-type]
+        resume=resume,
         change=schedule_change,  # type: ignore[arg-type]
     )
 

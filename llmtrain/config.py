@@ -9,6 +9,7 @@ derived. Reading files, `--set` overrides and error messages live in `llmtrain.c
 import hashlib
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -17,6 +18,8 @@ from typing_extensions import Self
 from llmtrain.errors import ConfigError, did_you_mean
 from llmtrain.presets import PRESETS
 from llmtrain.units import Length, parse_batch_tokens
+
+IMPORT_FILE = "import.json"
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 
@@ -36,6 +39,7 @@ class RunConfig(Section):
     stop_at: Length | None = Field(None, description="end here without bending the curve")
     max_minutes: PositiveFloat | None = Field(None, description="wall-clock budget: save and stop when it is used up")
     branch_from: str | None = Field(None, description="start from a checkpoint of another run: runs/trunk@1000")
+    init_from: str | None = Field(None, description="start from the weights in a folder that llmtrain import wrote")
 
     @model_validator(mode="before")
     @classmethod
@@ -342,10 +346,16 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved, and how many saves are kept."""
+    """When and where the run is saved, and which saves are kept."""
 
+    dir: str = Field(
+        "", description="a folder or any fsspec URL, for example s3://bucket/run; RUN/checkpoints when empty"
+    )
     every: Length | None = Field(None, description="also at the end and when told to stop; null: only there")
-    keep: int = Field(3, ge=2, description="newest checkpoints kept")
+    ephemeral: Length | None = Field(None, description="saves in between, kept while among the newest two")
+    keep: int = Field(3, ge=2, description="newest checkpoints kept, besides ephemeral ones")
+    keep_every: Length | None = Field(None, description="checkpoints at multiples of this are kept for ever")
+    async_save: bool = Field(True, description="write while training goes on, from a copy in host memory")
 
 
 class WandbConfig(Section):
@@ -398,7 +408,12 @@ class Config(Section):
                 f'schedule.warmup "{warmup}" is longer than schedule.horizon "{self.schedule.horizon}" '
                 f"({self.total_updates} updates of {self.batch.tokens} tokens)"
             )
-        for field, length in (("validation.every", self.validation.every), ("checkpoint.every", self.checkpoint.every)):
+        for field, length in (
+            ("validation.every", self.validation.every),
+            ("checkpoint.every", self.checkpoint.every),
+            ("checkpoint.ephemeral", self.checkpoint.ephemeral),
+            ("checkpoint.keep_every", self.checkpoint.keep_every),
+        ):
             if length is not None and (length.unit == "auto" or self.updates(length) < 1):
                 raise ValueError(f'{field} "{length}" must be at least one update')
         if self.run.stop_at is not None and self.run.stop_at.unit == "auto":
@@ -419,13 +434,20 @@ class Config(Section):
         """The update the run ends with: `run.stop_at`, else the horizon."""
         return self.total_updates if self.run.stop_at is None else self.updates(self.run.stop_at)
 
+    @property
+    def checkpoint_url(self) -> str:
+        """Where the run's checkpoints lie."""
+        return self.checkpoint.dir or f"{self.run.dir}/checkpoints"
+
     def trajectory(self, data_hash: str) -> dict[str, Any]:
         """What shapes the loss at a given learning rate. A checkpoint is resumed only where this is equal.
 
         Engine, world size and micro-batch are not in it: they change nothing but rounding. The schedule has a hash of
-        its own.
+        its own. Raises ConfigError where `run.init_from` is no folder of imported weights.
         """
+        imported = {} if self.run.init_from is None else {"init_from": read_import(self.run.init_from)["weights_hash"]}
         return {
+            **imported,
             "seed": self.run.seed,
             "model": self.model.model_dump(mode="json", exclude={"preset"}),
             "data": data_hash,
@@ -434,6 +456,21 @@ class Config(Section):
             "optim": self.optim.model_dump(mode="json"),
             "precision": self.engine.precision,
         }
+
+
+def read_import(folder: str) -> dict[str, Any]:
+    """What `run.init_from` says of its weights: the hash of each (`weights`) and of all (`weights_hash`)."""
+    path = Path(folder) / IMPORT_FILE
+    remedy = f"write the folder with: llmtrain import HF_FOLDER {folder}"
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"run.init_from: cannot read {path}: {error.strerror}; {remedy}") from None
+    except ValueError:
+        values = None
+    if not (isinstance(values, dict) and isinstance(values.get("weights"), dict) and values.get("weights_hash")):
+        raise ConfigError(f"run.init_from: {path} is damaged: delete the folder, and {remedy}")
+    return values
 
 
 def content_hash(value: Any) -> str:

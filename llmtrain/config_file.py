@@ -74,6 +74,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return validate(values, f"config {path}")
 
 
+def checkpoints_of(run_dir: Path) -> str:
+    """Where the checkpoints of a run folder lie: what its config says, wherever the folder was moved to."""
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it has no config.yaml")
+    return load_config(saved).checkpoint.dir or str(run_dir / "checkpoints")
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in the raw mapping; the value is read as YAML."""
     dotted, equals, text = override.partition("=")

@@ -11,7 +11,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -89,17 +89,24 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # the connections it uses; None: those all share
 
     @property
     def first(self) -> bool:
         """True on the one rank that prints and writes what is written once."""
         return self.rank == 0
 
+    def apart(self, timeout_s: int) -> "World":
+        """The same ranks over connections of their own, for a thread whose messages must not mix with this one's."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a small tensor over all ranks, on the CPU."""
         total = values.detach().cpu().clone()
         if self.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total
 
     def any(self, flag: bool) -> bool:
@@ -116,10 +123,10 @@ class World:
             return [text]
         data = text.encode()
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]))
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
         width = max(1, *(int(length) for length in lengths))
         everyone = [torch.empty(width, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(everyone, torch.frombuffer(bytearray(data.ljust(width)), dtype=torch.uint8))
+        dist.all_gather(everyone, torch.frombuffer(bytearray(data.ljust(width)), dtype=torch.uint8), group=self.group)
         return [bytes(one[: int(n)].tolist()).decode() for one, n in zip(everyone, lengths, strict=True)]
 
     def require_same(self, what: str, value: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from llmtrain.checkpoint import store
+from llmtrain.checkpoint.store import fingerprint
 from llmtrain.cli import main
 from llmtrain.config_file import load_config
 from llmtrain.errors import CheckpointError, DataError, DivergenceError
@@ -46,12 +46,9 @@ def command(prepared: dict[str, Any], run: Path, *overrides: str, resume: str = 
 
 def seal(checkpoint: Path) -> None:
     """Let the manifest agree with files that a test changed."""
-    names = [path.name for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"]
-    entries = [
-        {"file": name, "bytes": (checkpoint / name).stat().st_size, "xxh3_128": store._hash(checkpoint / name)}
-        for name in names
-    ]
-    (checkpoint / "manifest.json").write_text(json.dumps({"files": entries}))
+    files = [path for path in sorted(checkpoint.iterdir()) if path.name != "manifest.json"]
+    entries = [fingerprint(path) for path in files]
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": entries, "ephemeral": False}))
 
 
 def validations(run: Path) -> list[tuple[int, str]]:

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.checkpoint.saver import Saver
 from llmtrain.config import Config
 from llmtrain.data.batches import TrainBatches, ValidationSet
 from llmtrain.engines.base import Engine, StepStats
 from llmtrain.errors import CheckpointError, DivergenceError
 from llmtrain.schedules import Schedule
+from llmtrain.train import rng
+from llmtrain.train.lock import RunLock
 from llmtrain.train.metrics import MetricsLog
 from llmtrain.train.progress import TrainingProgress
 from llmtrain.train.stop import StopRequest
@@ -34,7 +36,8 @@ class Trainer:
     decay: Callable[[int], float]  # k to the multiplier of the weight decay
     batches: TrainBatches
     held_out: list[ValidationSet]
-    store: CheckpointStore
+    saver: Saver
+    lock: RunLock
     stop: StopRequest
     progress: TrainingProgress
     log: MetricsLog | None  # on the first rank
@@ -51,20 +54,17 @@ class Trainer:
         before = time.perf_counter()
         for k, micro_batches in enumerate(self.batches.iterate(first, last), start=first):
             stats = self.engine.train_step(micro_batches, self.schedule(k), self.decay(k))
-            now = time.perf_counter()
-            self.record(k, stats, now - before)
-            before = now
+            self.record(k, stats, time.perf_counter() - before)
             if k == last or self.due(self.config.validation.every, k):
                 self.validate(k)
             reason = self.stop.agreed(self.engine.world)
-            if k == last or reason or self.due(self.config.checkpoint.every, k):
-                self.save(k, must=k == last or bool(reason))
-            if k == last:
-                break
-            if reason:
-                return reason
-            if self.due(self.config.validation.every, k) or self.due(self.config.checkpoint.every, k):
-                before = time.perf_counter()
+            must = k == last or bool(reason)
+            permanent = k == last or self.due(self.config.checkpoint.every, k)
+            if must or permanent or self.due(self.config.checkpoint.ephemeral, k):
+                self.save(k, must=must, ephemeral=not permanent)
+            if must:
+                return "" if k == last else reason
+            before = time.perf_counter()
         return ""
 
     def due(self, every: Length | None, k: int) -> bool:
@@ -122,23 +122,24 @@ class Trainer:
             self.write(row)
             self.progress.validation(row)
 
-    def save(self, k: int, *, must: bool) -> None:
-        """Publish a checkpoint of update k. A failed save is told, and ends the run only where it `must` succeed."""
-        unwritten = "" if self.log is None else self.log.sync()
+    def save(self, k: int, *, must: bool, ephemeral: bool) -> None:
+        """Save update k, in the background. Where it `must` succeed, wait for it, and raise where it does not."""
         state = {
             "step": k,
             "tokens": self.tokens(k),
             "samples": self.batches.consumed(k),
             "attempt": self.attempt,
+            "metrics_offset": self.log.offset() if self.log else 0,
             **self.facts,
         }
-        problem = self.store.save(self.engine.state(), state, unwritten)
-        if problem is None:
-            self.progress.say(f"step {k}  saved {self.store.folder / f'step_{k:08d}'}")
-        elif must:
-            raise CheckpointError(f"the checkpoint of update {k} could not be written: {problem}")
-        else:
-            self.progress.say(f"step {k}  NOT SAVED, training goes on: {problem}")
+        own = {rng.METADATA_KEY: rng.capture(self.engine.world.device)}
+        self.saver.save(self.engine.state(), state, own, self.unready, ephemeral=ephemeral)
+        if must and (failed := self.saver.finish()) is not None:
+            raise CheckpointError(f"the checkpoint of update {k} could not be written: {failed}")
+
+    def unready(self) -> str:
+        """What keeps a checkpoint from being published now: another job on this run, rows not yet on the disk."""
+        return self.lock.problem or (self.log.sync() if self.log else "")
 
     def write(self, row: dict[str, Any]) -> None:
         """One row to metrics.jsonl and its mirror."""

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class MetricsLog:
         self.path = run_dir / METRICS_FILE
         self.superseded = run_dir / "metrics.superseded.jsonl"
         self._waiting: list[str] = []  # rows that a full disk has not taken yet
+        self._writing = threading.Lock()  # a save in the background writes them too
         run_dir.mkdir(parents=True, exist_ok=True)
 
     def next_attempt(self) -> int:
@@ -36,6 +38,10 @@ class MetricsLog:
         """Whether there is a validation after update `step`."""
         rows = _rows(self.path) if self.path.exists() else []
         return any(row["kind"] == "validation" and row["step"] == step for row in rows)
+
+    def lost(self, offset: int) -> bool:
+        """Whether rows are gone that were on the disk when a checkpoint was saved, `offset` bytes of them."""
+        return offset > (self.path.stat().st_size if self.path.exists() else 0)
 
     def rewind(self, step: int) -> int:
         """Keep the rows up to `step` (-1: none) and set the others aside. Returns how many were set aside."""
@@ -58,8 +64,9 @@ class MetricsLog:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row, in the file system's hands when this returns, or kept until the disk takes it."""
-        waited = bool(self._waiting)
-        self._waiting.append(json.dumps(row) + "\n")
+        with self._writing:
+            waited = bool(self._waiting)
+            self._waiting.append(json.dumps(row) + "\n")
         problem = self._write()
         if problem and not waited:
             warnings.warn(f"{problem}; its rows wait in memory, training goes on", stacklevel=2)
@@ -72,9 +79,18 @@ class MetricsLog:
                 os.fsync(file.fileno())
         return problem
 
+    def offset(self) -> int:
+        """Bytes of the rows so far, those that wait for the disk too."""
+        with self._writing:
+            there = self.path.stat().st_size if self.path.exists() else 0
+            return there + sum(len(line.encode()) for line in self._waiting)
+
     def _write(self) -> str:
         """Write the rows that wait, all or none. Returns what went wrong."""
-        data = "".join(self._waiting).encode()
+        with self._writing:
+            return self._write_waiting("".join(self._waiting).encode())
+
+    def _write_waiting(self, data: bytes) -> str:
         if not data:
             return ""
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import llmtrain
+from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.config import Config, content_hash
 from llmtrain.config_file import to_yaml
@@ -22,19 +23,21 @@ from llmtrain.engines import build_engine
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.model.size import flops_per_token, parameter_count
 from llmtrain.schedules import Schedule, plan
+from llmtrain.train import rng
 from llmtrain.train.join import ScheduleChange, Segments, clock, last_update
+from llmtrain.train.lock import RunLock, hold_run
 from llmtrain.train.loop import Trainer
 from llmtrain.train.metrics import MetricsLog
 from llmtrain.train.progress import TrainingProgress
-from llmtrain.train.start import Resume, Start, begin
+from llmtrain.train.start import Start, begin
 from llmtrain.train.stop import StopRequest
 from llmtrain.train.throughput import peak_flops
 from llmtrain.train.wandb_mirror import WandbMirror
 
+SAVE_TIMEOUT_S = 24 * 3600  # between ranks that save: one may upload for long; a dead rank is noticed in training
 
-def train(
-    config: Config, *, prepare_command: str, resume: Resume = "auto", change: ScheduleChange | None = None
-) -> None:
+
+def train(config: Config, *, prepare_command: str, resume: str = "auto", change: ScheduleChange | None = None) -> None:
     """Train `config` to its last update, or until told to stop. Everything a user can get wrong is checked first.
 
     `prepare_command` is what to run when the data is missing. With `change` a checkpoint may be gone on from on another
@@ -52,7 +55,8 @@ def train(
         world.require_same("the resolved config", to_yaml(config))
         world.require_same("the data", data.manifest.content_hash)
         world.require_same("the version of llmtrain or torch", f"{llmtrain.__version__} {torch.__version__}")
-        _train(config, world, schedule, data, held_out, stop, resume, change)
+        with hold_run(Path(config.run.dir), world) as lock:
+            _train(config, world, schedule, data, held_out, stop, lock, resume, change)
         world.barrier()
 
 
@@ -63,20 +67,23 @@ def _train(
     data: PreparedData,
     held_out: list[ValidationSet],
     stop: StopRequest,
-    resume: Resume,
+    lock: RunLock,
+    resume: str,
     change: ScheduleChange | None,
 ) -> None:
     torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
     run_dir = Path(config.run.dir)
     engine = build_engine(config, world)
-    store = CheckpointStore(run_dir / "checkpoints", world, config.checkpoint.keep)
+    store = _store(config, world)
+    rng.seed_generators(config.run.seed, world.rank)
     start = begin(engine, store, config, data.manifest.content_hash, schedule, resume, change)
     store.require_room(engine.state())
     last = last_update(config, start.schedule, start.since)
-    log, mirror, attempt = _open_records(config, world, start, last)
+    log, mirror, attempt, lost = _open_records(config, world, start)
     progress = TrainingProgress(
         shown=world.first, first_update=start.update, last_update=last, every=config.logging.every
     )
+    saver = Saver(store, engine.state(), progress.say, background=config.checkpoint.async_save)
     peak = peak_flops(world.device, config.engine.precision)
     trainer = Trainer(
         config=config,
@@ -85,18 +92,20 @@ def _train(
         decay=decay_multiplier(config, start.segments),
         batches=_batches(config, world, data, start),
         held_out=held_out,
-        store=store,
+        saver=saver,
+        lock=lock,
         stop=stop,
         progress=progress,
         log=log,
         mirror=mirror.log if mirror else lambda row: None,
-        facts=describe_run(config, world, start, data),
+        facts={**describe_run(config, world, start, data), "wandb_id": mirror.run_id if mirror else ""},
         attempt=attempt,
         flops_per_token=flops_per_token(config.model, config.batch.seq_len),
         peak_flops=None if peak is None else peak * world.size,
     )
-    with stop.listening(), progress, closing(mirror) if mirror else nullcontext():
-        progress.say(banner(config, start, last, engine.describe()))
+    with stop.listening(), progress, saver, closing(mirror) if mirror else nullcontext():
+        progress.say(banner(config, start, last, engine.describe(), lost))
+        _restore_generators(world, start)
         reason = ""
         if start.update < last:
             reason = trainer.train(start.update + 1, last, validate_first=start.how != "resumed")
@@ -159,22 +168,23 @@ def describe_run(config: Config, world: World, start: Start, data: PreparedData)
     }
 
 
-def banner(config: Config, start: Start, last: int, engine: str) -> str:
+def banner(config: Config, start: Start, last: int, engine: str, lost: str = "") -> str:
     """What is printed before the first update: the whole resolved config, the engine, and where the run starts."""
     lines = [to_yaml(config).rstrip(), ""]
     lines += [
         *start.said,
+        *([lost] if lost else []),
         engine,
         f"{parameter_count(config.model):,} parameters, {config.batch.sequences} sequences or "
         f"{config.batch.tokens:,} tokens an update, {last} updates, schedule {start.schedule.hash}",
     ]
-    if start.path is None:
+    if start.found is None:
         lines.append(f"FRESH START run={config.run.name}")
     else:
         tokens = start.since.samples * config.batch.seq_len
         lines.append(
             f"{start.how.upper()} run={config.run.name} step={start.update} tokens={tokens} "
-            f"lr={start.schedule.lr(start.update):.6e} from={start.path}"
+            f"lr={start.schedule.lr(start.update):.6e} from={start.found.path}"
         )
     return "\n".join(lines)
 
@@ -208,18 +218,39 @@ def _batches(config: Config, world: World, data: PreparedData, start: Start) -> 
     )
 
 
-def _open_records(
-    config: Config, world: World, start: Start, last: int
-) -> tuple[MetricsLog | None, WandbMirror | None, int]:
-    """The first rank's metrics log, rewound to the start, its mirror, and the number of this attempt."""
+def _store(config: Config, world: World) -> CheckpointStore:
+    """The run's checkpoints. Its messages have connections of their own: saves are written by a thread."""
+    every = config.checkpoint.keep_every
+    return CheckpointStore(
+        config.checkpoint_url,
+        world.apart(max(config.engine.timeout_s, SAVE_TIMEOUT_S)),
+        config.checkpoint.keep,
+        keep_every=None if every is None else config.updates(every),
+        staging=Path(config.run.dir) / "staging",
+    )
+
+
+def _restore_generators(world: World, start: Start) -> None:
+    """The generators of this rank as they were saved; ranks that there were not then have fresh ones."""
+    if start.found is not None and world.rank < len(start.found.reader.metadata):
+        text = start.found.reader.metadata[world.rank].get(rng.METADATA_KEY)
+        if text is not None:
+            rng.restore(text, world.device)
+
+
+def _open_records(config: Config, world: World, start: Start) -> tuple[MetricsLog | None, WandbMirror | None, int, str]:
+    """The first rank's metrics log, rewound to the start, its mirror, the number of this attempt, and a warning."""
     if not world.first:
-        return None, None, 1
+        return None, None, 1, ""
     run_dir = Path(config.run.dir)
     log = MetricsLog(run_dir)
     attempt = log.next_attempt()
+    lost = ""
+    if start.how == "resumed" and start.found is not None and log.lost(start.found.state["metrics_offset"]):
+        lost = f"{log.path} is shorter than when update {start.update} was saved: rows are missing from its history"
     log.rewind(start.update if start.how == "resumed" else -1)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    return log, WandbMirror(config, run_dir), attempt
+    return log, WandbMirror(config, run_dir), attempt, lost
 
 
 def _git_commit() -> str | None:

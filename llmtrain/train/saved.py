@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from llmtrain.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
+from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
 from llmtrain.config import Config, EngineConfig
-from llmtrain.config_file import load_config
+from llmtrain.config_file import checkpoints_of, load_config
 from llmtrain.data.dataset import open_data
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.distributed import World, open_world
@@ -33,7 +33,7 @@ def opened(run_dir: Path, step: int | None) -> Iterator[tuple[Config, Engine, Ch
         torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
         checkpoint = _find(run_dir, world, step)
         engine = build_engine(config, world)
-        engine.load(checkpoint.reader, checkpoint.state["step"])
+        engine.load(checkpoint.reader, checkpoint.step)
         yield config, engine, checkpoint
 
 
@@ -43,7 +43,7 @@ def evaluate_run(run_dir: Path, step: int | None = None) -> list[dict[str, Any]]
         data = open_data(config.data.path, f"llmtrain prepare --config {run_dir / 'config.yaml'}")
         micro = config.validation.micro or config.batch.micro
         rows = [evaluate(engine, held_out, micro) for held_out in validation_sets(config, data)]
-        return [{"step": checkpoint.state["step"], "tokens": checkpoint.state["tokens"], **row} for row in rows]
+        return [{"step": checkpoint.step, "tokens": checkpoint.state["tokens"], **row} for row in rows]
 
 
 def generate(
@@ -73,17 +73,12 @@ def generate(
 
 def _find(run_dir: Path, world: World, step: int | None) -> Checkpoint:
     """The checkpoint of `step`, or the newest whole one; what was passed over on the way to it is told."""
-    folder = run_dir / "checkpoints"
-    store = CheckpointStore(folder, world, keep=2)
+    store = CheckpointStore(checkpoints_of(run_dir), world, keep=2)
     if step is not None:
-        path = folder / f"step_{step:08d}"
-        fault = store.fault(path)
-        if fault:
-            raise CheckpointError(f"{path}: {fault}")
-        return open_checkpoint(path)
+        return store.require(step)
     found, rejected = store.newest_valid()
     if found is None:
-        raise CheckpointError(f"{folder} holds no whole checkpoint" + "".join(f"\n  {text}" for text in rejected))
+        raise CheckpointError(f"{store.place.url} holds no whole checkpoint" + "".join(f"\n  {r}" for r in rejected))
     for text in rejected:
         print(f"rejected {text}", file=sys.stderr)
     return found

@@ -11,17 +11,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.store import Checkpoint, CheckpointStore, open_checkpoint
-from llmtrain.config import Config
-from llmtrain.config_file import load_config
+from llmtrain.checkpoint.hf_import import open_import
+from llmtrain.checkpoint.places import name_of, step_of
+from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
+from llmtrain.config import Config, read_import
+from llmtrain.config_file import checkpoints_of, load_config
 from llmtrain.data.order import START, Consumed
-from llmtrain.engines.base import WEIGHT, Engine
-from llmtrain.errors import CheckpointError, ScheduleError
+from llmtrain.engines.base import WEIGHT, Engine, StateSource
+from llmtrain.errors import CheckpointError, LlmtrainError, ScheduleError
 from llmtrain.model.initial import initial_slice
 from llmtrain.schedules import Schedule
 from llmtrain.train.join import Mode, ScheduleChange, Segments, join, last_update, require_same_trajectory
 
-Resume = Literal["auto", "must", "never"]
+RESUME_MODES = ("auto", "must", "never")
 
 
 class InitialValues:
@@ -45,7 +47,7 @@ class Start(NamedTuple):
     schedule: Schedule  # of the whole run, with every join
     segments: Segments  # the global batches of the whole run
     lineage: list[dict[str, Any]]  # the checkpoints of other runs that this one goes back to, the oldest first
-    path: Path | None  # the checkpoint
+    found: Checkpoint | None  # the checkpoint
     said: list[str]  # for the banner: which checkpoints were passed over, what was joined
 
     @property
@@ -59,25 +61,72 @@ def begin(
     config: Config,
     data_hash: str,
     schedule: Schedule,
-    resume: Resume,
+    resume: str,
     change: ScheduleChange | None,
 ) -> Start:
-    """Fill the engine. Raises CheckpointError or ScheduleError, the same on every rank, where it may not go on."""
+    """Fill the engine. `resume` is one of RESUME_MODES, or names a checkpoint to go on from, by folder or RUN@UPDATE.
+
+    Raises CheckpointError or ScheduleError, the same on every rank, where it may not go on.
+    """
+    if resume not in RESUME_MODES:
+        return _from_named(engine, store, config, data_hash, schedule, resume, change)
     found, rejected = store.newest_valid()
     if found is None:
         _require_fresh_start(store, config, data_hash, resume, rejected)
         if config.run.parent is None:
-            engine.load(InitialValues(config), 0)
-            return Start("fresh", START, schedule, [[0, 0, config.batch.sequences]], [], None, [])
+            first, said = _first_weights(config, engine)
+            engine.load(first, 0)
+            return Start("fresh", START, schedule, [[0, 0, config.batch.sequences]], [], None, said)
         found = _parent(store, *config.run.parent)
         return _onward(engine, config, data_hash, schedule, found, "branch")
     if resume == "never":
-        raise CheckpointError(
-            f"--resume never: {config.run.dir} holds {found.path.name}; use another run.dir, nothing is overwritten"
-        )
+        raise CheckpointError(f"--resume never: {found.path} is there; use another run.dir, nothing is overwritten")
     _require_same_parent(config, found)
     start = _onward(engine, config, data_hash, schedule, found, change)
     return start._replace(said=[*(f"rejected {text}" for text in rejected), *start.said])
+
+
+def _first_weights(config: Config, engine: Engine) -> tuple[StateSource, list[str]]:
+    """What update 0 is filled from, and what the banner says of it."""
+    folder = config.run.init_from
+    if folder is None:
+        return InitialValues(config), []
+    weights = open_import(folder, config.model, engine.world)
+    return weights, [f"weights of {folder} {read_import(folder)['weights_hash']}"]
+
+
+def _from_named(
+    engine: Engine,
+    store: CheckpointStore,
+    config: Config,
+    data_hash: str,
+    schedule: Schedule,
+    named: str,
+    change: ScheduleChange | None,
+) -> Start:
+    """Go on from the checkpoint a user named: newer ones of this run are set aside, nothing is deleted."""
+    folder, _, name = named.rstrip("/").rpartition("/")
+    if step_of(name) < 0:
+        folder, at, step = named.rpartition("@")
+        if not at or not step.isdigit():
+            raise CheckpointError(
+                f"--resume {named}: write auto, must, never, the folder of a checkpoint "
+                f"({config.checkpoint_url}/{name_of(1000)}) or RUN@UPDATE"
+            )
+        folder, name = checkpoints_of(Path(folder)), name_of(int(step))
+    there = CheckpointStore(folder, store.world, store.keep)
+    own = (there.place.root, type(there.place.fs)) == (store.place.root, type(store.place.fs))
+    if not own and store.newest_valid() != (None, []):
+        raise CheckpointError(
+            f"--resume {named}: {store.place.url} has checkpoints of its own; name one of these, or use another run.dir"
+        )
+    found = there.require(step_of(name))
+    _require_same_parent(config, found)
+    start = _onward(engine, config, data_hash, schedule, found, change)
+    if own:
+        newer = store.supersede(found.step)
+        start = start._replace(said=[*(f"set aside {name}.superseded" for name in newer), *start.said])
+    return start
 
 
 def _onward(
@@ -86,7 +135,7 @@ def _onward(
     """Fill the engine from a checkpoint, of this run or of the one it branches from."""
     state = found.state
     since = Consumed(state["step"], state["samples"])
-    joined = join(config, state, data_hash, schedule, mode, str(found.path))
+    joined = join(config, state, data_hash, schedule, mode, found.path)
     last = last_update(config, joined.schedule, since)
     if last <= since.update and (joined.said or mode == "branch"):
         raise ScheduleError(
@@ -101,21 +150,15 @@ def _onward(
         lineage = [*lineage, {"run": run, "step": step, **hashes}]
     engine.load(found.reader, since.update)
     how: Literal["branched", "resumed"] = "branched" if mode == "branch" else "resumed"
-    return Start(how, since, joined.schedule, joined.segments, lineage, found.path, joined.said)
+    return Start(how, since, joined.schedule, joined.segments, lineage, found, joined.said)
 
 
 def _parent(store: CheckpointStore, run: str, step: int) -> Checkpoint:
     """The checkpoint of another run that `run.branch_from` names; that run's folder is only read."""
-    folder = Path(run) / "checkpoints"
-    path = folder / f"step_{step:08d}"
-    fault = CheckpointStore(folder, store.world, store.keep).fault(path)
-    if fault:
-        held = sorted(int(found.name[5:]) for found in folder.glob("step_*") if found.name[5:].isdigit())
-        raise CheckpointError(
-            f"run.branch_from: {path}: {fault}; {run} holds the checkpoints of "
-            + (f"updates {', '.join(map(str, held))}" if held else "no update")
-        )
-    return open_checkpoint(path)
+    try:
+        return CheckpointStore(checkpoints_of(Path(run)), store.world, store.keep).require(step)
+    except LlmtrainError as error:
+        raise CheckpointError(f"run.branch_from: {error}") from None
 
 
 def _require_same_parent(config: Config, found: Checkpoint) -> None:
@@ -132,15 +175,15 @@ def _require_same_parent(config: Config, found: Checkpoint) -> None:
 
 
 def _require_fresh_start(
-    store: CheckpointStore, config: Config, data_hash: str, resume: Resume, rejected: list[str]
+    store: CheckpointStore, config: Config, data_hash: str, resume: str, rejected: list[str]
 ) -> None:
     """Raise where starting over would lose something, or is not what was asked for."""
     why = "".join(f"\n  {text}" for text in rejected)
     if resume == "must":
-        raise CheckpointError(f"--resume must: {store.folder} holds no whole checkpoint{why}")
+        raise CheckpointError(f"--resume must: {store.place.url} holds no whole checkpoint{why}")
     if rejected:
         raise CheckpointError(
-            f"no checkpoint in {store.folder} is whole, and starting over would lose the run:{why}\n"
+            f"no checkpoint in {store.place.url} is whole, and starting over would lose the run:{why}\n"
             "Use another run.dir to start over"
         )
     saved = Path(config.run.dir) / "config.yaml"

@@ -14,8 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
+from llmtrain.cli_hf import export, import_
+from llmtrain.cli_law import law_app
 from llmtrain.cli_schedule import schedule_app
-from llmtrain.errors import LlmtrainError
+from llmtrain.cli_serve import serve
+from llmtrain.errors import EnvironmentError, LlmtrainError
+
+TRAIN_PACKAGES = ("torch", "deepspeed", "sentencepiece", "datasets", "wandb", "safetensors", "xxhash", "fsspec")
 
 app = typer.Typer(
     name="llmtrain",
@@ -27,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(schedule_app, name="schedule")
+app.add_typer(law_app, name="law")
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The YAML file that describes the run.")]
 Overrides = Annotated[
@@ -156,6 +162,11 @@ def compare(
         print(f"wrote {png}")
 
 
+app.command("serve", epilog="Example: llmtrain serve --runs runs")(serve)
+app.command("export", epilog="Example: llmtrain export runs/7b_cosine --to hf exported/7b")(export)
+app.command("import", epilog="Example: llmtrain import downloads/llama imported/llama")(import_)
+
+
 def _prepare_command(config: Path, overrides: list[str] | None) -> str:
     """The command that prepares the data of a config as it is overridden."""
     extra = "".join(f" --set {shlex.quote(text)}" for text in overrides or [] if text.startswith(("data.", "model.")))
@@ -188,7 +199,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 a mistake of the user, 3 training diverged."""
     try:
-        app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
+        _run(list(sys.argv[1:] if arguments is None else arguments))
     except LlmtrainError as error:
         if _speaks():
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -196,6 +207,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run one command. Previews, reports and the service need no torch, so it may not be installed."""
+    try:
+        app(args=arguments, standalone_mode=True)
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_PACKAGES:
+            raise
+        raise EnvironmentError(f"{error.name} is not installed: pip install 'llmtrain[train]'") from None
 
 
 def _speaks() -> bool:

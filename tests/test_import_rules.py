@@ -21,7 +21,7 @@ FLOORS = [
     {"checkpoint"},
     {"train"},
     {"study", "serve"},
-    {"cli_schedule"},
+    {"cli_checkpoint", "cli_hf", "cli_law", "cli_schedule", "cli_serve"},
     {"cli"},
 ]
 TORCH_FREE = [
@@ -41,6 +41,9 @@ TORCH_FREE = [
     "llmtrain.study.schedule_figure",
     "llmtrain.study.schedule_page",
     "llmtrain.study.schedule_shown",
+    "llmtrain.study.law.fitted",
+    "llmtrain.study.law.ranking",
+    "llmtrain.study.law.optimise",
     "llmtrain.study.schedule_view",
     "llmtrain.cli",
 ]

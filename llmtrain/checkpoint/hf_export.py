@@ -39,9 +39,7 @@ def export_run(
     require_empty(folder)
     store = CheckpointStore(checkpoints_of(run_dir), World(0, 1, 0, torch.device("cpu")), keep=2)
     tokenizer = Path(load_config(run_dir / "config.yaml").data.path) / TOKENIZER_FILE if with_tokenizer else None
-    found, rejected = store.newest_valid() if step is None else (store.require(step), [])
-    if found is None:
-        raise CheckpointError(f"{store.place.url} holds no whole checkpoint" + "".join(f"\n  {r}" for r in rejected))
+    found, rejected = store.pick(step)
     for text in rejected:
         print(f"rejected {text}", file=sys.stderr)
     return found, export_checkpoint(found, folder, tokenizer=tokenizer, dtype=dtype, shard_bytes=shard_bytes)
@@ -76,16 +74,14 @@ def export_checkpoint(
 
 
 def _tokenizer(path: Path, wanted: str) -> Tokenizer:
+    remedy = "put the run's prepared data back, or export the weights alone with --no-tokenizer"
     try:
         tokenizer = Tokenizer.load(path)
     except DataError as error:
-        raise DataError(
-            f"{error}: put the prepared data back, or export the weights alone with --no-tokenizer"
-        ) from None
+        raise DataError(f"{error}: {remedy}") from None
     if tokenizer.hash != wanted:
         raise DataError(
-            f"tokenizer {path} has hash {tokenizer.hash}, the checkpoint was trained with {wanted}: "
-            "put the prepared data back, or export the weights alone with --no-tokenizer"
+            f"tokenizer {path} has hash {tokenizer.hash}, the checkpoint was trained with {wanted}: {remedy}"
         )
     require_expressible(tokenizer, str(path))
     return tokenizer

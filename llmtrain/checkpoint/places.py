@@ -106,7 +106,7 @@ class Place:
     @_as_oserror
     def read(self, file: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Bytes [start, stop) of a file, all of them by default."""
-        data: bytes = self.fs.cat_file(f"{self.root}/{file}", start, stop)
+        data: bytes = self.fs.cat_file(f"{self.root}/{file}", start=start, end=stop)
         return data
 
     @_as_oserror

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,13 +138,14 @@ def _stage(flat: FlatState, staging: Staging) -> FlatState:
     if not flat.writes:
         return flat._replace(slices=[])
     slices = []
-    on_gpu = False
     for piece in flat.slices:
         copies = {kind: staging[piece.name, kind] for kind in piece.tensors}
         for kind, tensor in piece.tensors.items():
-            copies[kind].copy_(tensor, non_blocking=True)
-            on_gpu = on_gpu or tensor.is_cuda
+            if tensor.is_cuda:
+                copies[kind].copy_(tensor, non_blocking=True)
+            else:  # by one thread: waking several for each slice costs more than it gains
+                np.copyto(copies[kind].numpy(), tensor.numpy())
         slices.append(piece._replace(tensors=copies))
-    if on_gpu:
+    if any(tensor.is_cuda for piece in flat.slices for tensor in piece.tensors.values()):
         torch.cuda.synchronize()
     return flat._replace(slices=slices)

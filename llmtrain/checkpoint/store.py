@@ -140,6 +140,15 @@ class CheckpointStore:
             rejected.append(f'{LATEST}: it names "{latest}", which {why}')
         return found, rejected
 
+    def pick(self, step: int | None) -> tuple[Checkpoint, list[str]]:
+        """The whole checkpoint of `step`, or the newest, and what was passed over. Raises CheckpointError."""
+        if step is not None:
+            return self.require(step), []
+        found, rejected = self.newest_valid()
+        if found is None:
+            raise CheckpointError(f"{self.place.url} holds no whole checkpoint" + "".join(f"\n  {r}" for r in rejected))
+        return found, rejected
+
     def require(self, step: int) -> Checkpoint:
         """The whole checkpoint of an update. Raises CheckpointError, with those there are, where there is none."""
         fault = self.fault(name_of(step))
@@ -183,7 +192,7 @@ class CheckpointStore:
         if self.world.first:
             self.place.remove_probe(token)
         if problem:
-            raise CheckpointError(problem)
+            raise CheckpointError(f"{self.place.url}: {problem}")
 
     def _write(
         self, name: str, flat: FlatState, state: dict[str, Any], metadata: dict[str, str], ephemeral: bool

@@ -18,6 +18,7 @@ MUST_AGREE = {
     "tokenizer_hash": "tokenizer",
     "set_hash": "validation set",
     "model_hash": "model",
+    "initial_weights": "initial weights",
 }
 
 

@@ -164,6 +164,7 @@ def describe_run(config: Config, world: World, start: Start, data: PreparedData)
             "data_hash": data.manifest.content_hash,
             "tokenizer_hash": data.manifest.tokenizer_hash,
             "model_hash": content_hash(trajectory["model"]),
+            "initial_weights": trajectory.get("init_from", "random"),
         },
     }
 

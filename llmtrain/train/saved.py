@@ -13,7 +13,7 @@ from llmtrain.config import Config, EngineConfig
 from llmtrain.config_file import checkpoints_of, load_config
 from llmtrain.data.dataset import open_data
 from llmtrain.data.tokenizer import Tokenizer
-from llmtrain.distributed import World, open_world
+from llmtrain.distributed import open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import Engine
 from llmtrain.errors import CheckpointError
@@ -31,7 +31,9 @@ def opened(run_dir: Path, step: int | None) -> Iterator[tuple[Config, Engine, Ch
     config = config.model_copy(update={"engine": engine_config})
     with open_world(config.engine.timeout_s, collectives=False) as world:
         torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
-        checkpoint = _find(run_dir, world, step)
+        checkpoint, rejected = CheckpointStore(checkpoints_of(run_dir), world, keep=2).pick(step)
+        for text in rejected:
+            print(f"rejected {text}", file=sys.stderr)
         engine = build_engine(config, world)
         engine.load(checkpoint.reader, checkpoint.step)
         yield config, engine, checkpoint
@@ -69,16 +71,3 @@ def generate(
             if ids[-1] == tokenizer.eos_id:
                 return
             yield tokenizer.decode(ids[1:])
-
-
-def _find(run_dir: Path, world: World, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest whole one; what was passed over on the way to it is told."""
-    store = CheckpointStore(checkpoints_of(run_dir), world, keep=2)
-    if step is not None:
-        return store.require(step)
-    found, rejected = store.newest_valid()
-    if found is None:
-        raise CheckpointError(f"{store.place.url} holds no whole checkpoint" + "".join(f"\n  {r}" for r in rejected))
-    for text in rejected:
-        print(f"rejected {text}", file=sys.stderr)
-    return found

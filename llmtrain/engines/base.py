@@ -6,8 +6,8 @@ this rank holds, as fp32 weight and moments. A dim-0 FSDP2 shard is such a range
 one checkpoint serves every engine on any number of ranks.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -160,6 +160,24 @@ def fill(slices: Sequence[Slice], source: StateSource) -> None:
         for piece in slices:
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(source.read(piece.name, kind, piece.start, piece.stop))
+
+
+@contextmanager
+def inference(module: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block; training mode again afterwards."""
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+
+
+def score(forward: Callable[..., Tensor], batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood and number of valid tokens of a batch, fp64 on the CPU."""
+    batch = batch.to(device)
+    nll = forward(batch.tokens, batch.targets, batch.document_ids, reduction="none")
+    return nll.double().sum().cpu(), torch.tensor(batch.num_valid, dtype=torch.float64)
 
 
 def prepare_blocks(model: Decoder, config: Config) -> None:

@@ -13,8 +13,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -35,7 +35,9 @@ from llmtrain.engines.base import (
     build_adamw,
     count_valid,
     fill,
+    inference,
     prepare_blocks,
+    score,
     start_moments,
 )
 from llmtrain.model.decoder import Decoder
@@ -119,20 +121,12 @@ class DeepSpeedEngine:
         norm = torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float32)
         return StepStats(self.world.sum(nats) / valid, norm, *self.rate.read(self.optimizer))
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        self.engine.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.engine.train()
+    def evaluating(self) -> AbstractContextManager[None]:
+        return inference(self.engine)
 
     def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        batch = batch.to(self.world.device)
         with self._computing():
-            nll = self.engine(batch.tokens, batch.targets, batch.document_ids, reduction="none")
-        return nll.double().sum().cpu(), torch.tensor(batch.num_valid, dtype=torch.float64)
+            return score(self.engine, batch, self.world.device)
 
     def logits(self, tokens: Tensor) -> Tensor:
         with self._computing():

@@ -32,7 +32,9 @@ from llmtrain.engines.base import (
     build_adamw,
     count_valid,
     fill,
+    inference,
     prepare_blocks,
+    score,
     start_moments,
 )
 from llmtrain.errors import ConfigError
@@ -86,19 +88,13 @@ class FsdpEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
+        with inference(self.model):
+            yield
             assert isinstance(self.model, FSDPModule)
             self.model.reshard()
-            self.model.train()
 
     def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        batch = batch.to(self.world.device)
-        nll = self.model(batch.tokens, batch.targets, batch.document_ids, reduction="none")
-        return nll.double().sum().cpu(), torch.tensor(batch.num_valid, dtype=torch.float64)
+        return score(self.model, batch, self.world.device)
 
     def logits(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens.to(self.world.device))

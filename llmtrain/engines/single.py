@@ -4,8 +4,8 @@ In bf16 the module computes in bf16 while fp32 masters live beside it: each micr
 masters' fp32 gradients as they appear, the update is made on the masters, and the module gets their rounded copy.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from llmtrain.engines.base import (
     StepStats,
     build_adamw,
     fill,
+    inference,
     prepare_blocks,
+    score,
     start_moments,
 )
 from llmtrain.errors import ConfigError
@@ -78,19 +80,11 @@ class SingleEngine:
         self._publish()
         return StepStats(nats / valid, norm, *self.rate.read(self.optimizer))
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train()
+    def evaluating(self) -> AbstractContextManager[None]:
+        return inference(self.model)
 
     def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        batch = batch.to(self.world.device)
-        nll = self.model(batch.tokens, batch.targets, batch.document_ids, reduction="none")
-        return nll.double().sum().cpu(), torch.tensor(batch.num_valid, dtype=torch.float64)
+        return score(self.model, batch, self.world.device)
 
     def logits(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens.to(self.world.device))

@@ -1,0 +1,21 @@
+"""What does the server that ranks are forked from do once, so that no rank needs to?
+
+Beside the imports: DeepSpeed runs a compiler to find out which of its operators it could build, and ZeRO-3 collects
+garbage while it starts, which takes long where much is imported.
+"""
+
+import gc
+import os
+
+import deepspeed.ops
+import deepspeed.runtime.superoffload.superoffload_stage3
+import pytest  # noqa: F401
+
+import llmtrain.cli
+import llmtrain.engines.deepspeed
+import llmtrain.engines.fsdp
+import llmtrain.train.run  # noqa: F401
+
+if os.environ.get("DS_ACCELERATOR") == "cpu":  # elsewhere it would start the device in the server
+    assert deepspeed.ops.__compatible_ops__
+gc.freeze()

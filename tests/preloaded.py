@@ -8,8 +8,11 @@ import gc
 import os
 
 import deepspeed.ops
+import deepspeed.runtime.engine
 import deepspeed.runtime.superoffload.superoffload_stage3
+import deepspeed.runtime.zero.muon.muon_optimizer
 import pytest  # noqa: F401
+import torch._dynamo  # noqa: F401
 
 import llmtrain.cli
 import llmtrain.engines.deepspeed

@@ -7,6 +7,7 @@ which knows nothing of the one before.
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import time
 import traceback
@@ -16,15 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "llmtrain.train.run",
-        "llmtrain.engines.fsdp",
-        "torch._dynamo",
-        "deepspeed.runtime.engine",
-        "deepspeed.runtime.zero.muon.muon_optimizer",
-    ]
-)
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class Ranks:
@@ -45,6 +38,13 @@ class Ranks:
             raise AssertionError(f"ranks still running after {timeout} s:\n{self.text()}")
         return [process.exitcode if process.exitcode is not None else -1 for process in self.processes]
 
+    def kill(self) -> None:
+        """Kill every rank at once (`grouped` ones), and those that had not joined their group yet."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.processes[0].pid, signal.SIGKILL)
+        for process in self.processes:
+            process.kill()
+
     def text(self) -> str:
         """What the ranks printed, one after another."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.output.glob("rank_*.log")))
@@ -56,8 +56,11 @@ class Ranks:
         return self
 
 
-def start(output: Path, count: int, function: Callable[..., Any], *arguments: Any) -> Ranks:
-    """Run `function(*arguments)` on `count` ranks; what they print goes to files in `output`."""
+def start(output: Path, count: int, function: Callable[..., Any], *arguments: Any, grouped: bool = False) -> Ranks:
+    """Run `function(*arguments)` on `count` ranks; what they print goes to files in `output`.
+
+    Ranks that are `grouped` form a process group of their own, named for the first, which one signal reaches.
+    """
     output.mkdir(parents=True, exist_ok=True)
     port = _free_port()
     processes = []
@@ -72,14 +75,26 @@ def start(output: Path, count: int, function: Callable[..., Any], *arguments: An
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
         }
-        arguments_of_rank = (output / f"rank_{rank}.log", environment, function, arguments)
+        leader = None if not grouped else processes[0].pid if processes else 0
+        arguments_of_rank = (output / f"rank_{rank}.log", environment, leader, function, arguments)
         process = _CONTEXT.Process(target=_enter, args=arguments_of_rank)
         process.start()
         processes.append(process)
     return Ranks(processes, output)
 
 
-def _enter(log: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _enter(
+    log: Path,
+    environment: dict[str, str],
+    leader: int | None,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    while leader is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the leader may not have made the group yet
+            os.setpgid(0, leader)
+            break
+        time.sleep(0.001)
     os.environ.update(environment)
     with log.open("w", buffering=1) as file:
         os.dup2(file.fileno(), 1)

@@ -173,9 +173,9 @@ class CheckpointStore:
 
     def fault(self, name: str) -> str:
         """What is wrong with a checkpoint, by file name; empty where nothing is. Ranks share the hashing."""
-        entries, found = _entries(self.place, name)
+        entries, found = manifest_entries(self.place, name)
         for entry in entries[self.world.rank :: self.world.size]:
-            found = found or _file_fault(self.place, name, entry)
+            found = found or file_fault(self.place, name, entry)
         return self._agree(found)
 
     def require_room(self, flat: FlatState) -> None:
@@ -297,7 +297,7 @@ def open_checkpoint(folder: Place | Path | str, name: str | None = None) -> Chec
         folder = url or "."
     place = folder if isinstance(folder, Place) else Place(folder)
     where = place.where(name)
-    entries, fault = _entries(place, name)
+    entries, fault = manifest_entries(place, name)
     if fault:
         raise CheckpointError(f"{where}: {fault}")
     try:
@@ -310,7 +310,7 @@ def open_checkpoint(folder: Place | Path | str, name: str | None = None) -> Chec
     return Checkpoint(where, state, FlatReader(place, files))
 
 
-def _entries(place: Place, name: str) -> tuple[list[dict[str, Any]], str]:
+def manifest_entries(place: Place, name: str) -> tuple[list[dict[str, Any]], str]:
     """The manifest's entries, or what is wrong with it."""
     try:
         entries = json.loads(place.read(f"{name}/{MANIFEST}"))["files"]
@@ -328,7 +328,8 @@ def _is_rank_file(entry: dict[str, Any]) -> bool:
     return str(entry["file"]).startswith("rank_")
 
 
-def _file_fault(place: Place, name: str, entry: dict[str, Any]) -> str:
+def file_fault(place: Place, name: str, entry: dict[str, Any]) -> str:
+    """What is wrong with the file of a manifest's entry, by its name; empty where nothing is."""
     file = entry["file"]
     try:
         size = place.size(f"{name}/{file}")

@@ -14,6 +14,7 @@ consumed by them, sequences of each of its updates) say which batches a run was 
 
 from typing import Any, Literal, NamedTuple
 
+from llmtrain.checkpoint.inspect import differences
 from llmtrain.config import Config
 from llmtrain.data.order import Consumed
 from llmtrain.errors import CheckpointError, ScheduleError
@@ -78,14 +79,6 @@ def require_same_trajectory(there: dict[str, Any], here: dict[str, Any], where: 
     if [name for name, _, _ in rows if name != but]:
         table = "\n".join(f"  {name}: there {old!r}, in this config {new!r}" for name, old, new in rows)
         raise CheckpointError(f"{where} belongs to another run:\n{table}\nPut the values back, or use another run.dir")
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of every leaf that differs between two JSON values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [row for key in keys for row in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if old == new else [(name, old, new)]
 
 
 def _refused(config: Config, saved: Schedule, configured: Schedule, at: int, sequences: int) -> str:

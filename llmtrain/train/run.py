@@ -20,6 +20,7 @@ from llmtrain.data.dataset import PreparedData, open_data
 from llmtrain.data.order import Order
 from llmtrain.distributed import World, find_place, open_world
 from llmtrain.engines import build_engine
+from llmtrain.engines.base import Engine
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.model.size import flops_per_token, parameter_count
 from llmtrain.schedules import Schedule, plan
@@ -37,11 +38,18 @@ from llmtrain.train.wandb_mirror import WandbMirror
 SAVE_TIMEOUT_S = 24 * 3600  # between ranks that save: one may upload for long; a dead rank is noticed in training
 
 
-def train(config: Config, *, prepare_command: str, resume: str = "auto", change: ScheduleChange | None = None) -> None:
+def train(
+    config: Config,
+    *,
+    prepare_command: str,
+    resume: str = "auto",
+    change: ScheduleChange | None = None,
+    build: Callable[[Config, World], Engine] = build_engine,
+) -> None:
     """Train `config` to its last update, or until told to stop. Everything a user can get wrong is checked first.
 
     `prepare_command` is what to run when the data is missing. With `change` a checkpoint may be gone on from on another
-    schedule than it was trained on. Raises LlmtrainError.
+    schedule than it was trained on. `build` makes the engine. Raises LlmtrainError.
     """
     stop = StopRequest(Path(config.run.dir), config.run.max_minutes)
     schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
@@ -56,13 +64,15 @@ def train(config: Config, *, prepare_command: str, resume: str = "auto", change:
         world.require_same("the data", data.manifest.content_hash)
         world.require_same("the version of llmtrain or torch", f"{llmtrain.__version__} {torch.__version__}")
         with hold_run(Path(config.run.dir), world) as lock:
-            _train(config, world, schedule, data, held_out, stop, lock, resume, change)
+            torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
+            engine = build(config, world)
+            _train(config, engine, schedule, data, held_out, stop, lock, resume, change)
         world.barrier()
 
 
 def _train(
     config: Config,
-    world: World,
+    engine: Engine,
     schedule: Schedule,
     data: PreparedData,
     held_out: list[ValidationSet],
@@ -71,9 +81,8 @@ def _train(
     resume: str,
     change: ScheduleChange | None,
 ) -> None:
-    torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
+    world = engine.world
     run_dir = Path(config.run.dir)
-    engine = build_engine(config, world)
     store = _store(config, world)
     rng.seed_generators(config.run.seed, world.rank)
     start = begin(engine, store, config, data.manifest.content_hash, schedule, resume, change)

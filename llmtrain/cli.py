@@ -10,10 +10,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from llmtrain.cli_checkpoint import checkpoint_app, verify_resume
+from llmtrain.cli_compare import compare
 from llmtrain.cli_hf import export, import_
 from llmtrain.cli_law import law_app
 from llmtrain.cli_schedule import schedule_app
@@ -33,6 +35,7 @@ app = typer.Typer(
 )
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(law_app, name="law")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The YAML file that describes the run.")]
 Overrides = Annotated[
@@ -138,30 +141,8 @@ def generate(
     print()
 
 
-@app.command(epilog="Example: llmtrain compare runs/demo_cosine runs/demo_linear --png runs/demo.png")
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
-    png: Annotated[Path | None, typer.Option(help="Write loss and learning rate curves to this file.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Rank runs by final validation loss, where they may be ranked."""
-    from llmtrain.study.compare import as_json as comparison_json
-    from llmtrain.study.compare import compare as compare_runs
-
-    comparison = compare_runs(runs)
-    if png is not None:
-        from llmtrain.study.figures import loss_and_lr
-
-        loss_and_lr(comparison.runs, png)
-    result = comparison_json(comparison)
-    if as_json:
-        print(json.dumps(result))
-        return
-    _print_comparison(result)
-    if png is not None:
-        print(f"wrote {png}")
-
-
+app.command("compare", epilog="Example: llmtrain compare runs/demo_cosine runs/demo_linear --html report.html")(compare)
+app.command("verify-resume", epilog="Example: llmtrain verify-resume --config configs/demo_cosine.yaml")(verify_resume)
 app.command("serve", epilog="Example: llmtrain serve --runs runs")(serve)
 app.command("export", epilog="Example: llmtrain export runs/7b_cosine --to hf exported/7b")(export)
 app.command("import", epilog="Example: llmtrain import downloads/llama imported/llama")(import_)
@@ -171,29 +152,6 @@ def _prepare_command(config: Path, overrides: list[str] | None) -> str:
     """The command that prepares the data of a config as it is overridden."""
     extra = "".join(f" --set {shlex.quote(text)}" for text in overrides or [] if text.startswith(("data.", "model.")))
     return f"llmtrain prepare --config {config}{extra}"
-
-
-def _print_comparison(result: dict[str, Any]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    title = None if result["ranked"] else "NOT RANKED: these runs cannot be compared"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    for name in ("schedule", "tokens", "val loss", "perplexity", "nats/byte", "tokens/s"):
-        table.add_column(name, justify="right" if name != "schedule" else "left", no_wrap=True)
-    for run in result["runs"]:
-        speed = "" if run["tokens_per_s"] is None else f"{run['tokens_per_s']:,.0f}"
-        mark = "" if run["decayed"] else " (not annealed)"
-        numbers = (f"{run['loss']:.4f}", f"{run['perplexity']:.2f}", f"{run['nats_per_byte']:.4f}", speed)
-        table.add_row(run["run"], run["schedule"] + mark, f"{run['tokens']:,}", *numbers)
-    for name, baseline in result["baselines"].items():
-        table.add_row(f"({name})", "", "", "", f"{baseline['perplexity']:.2f}", f"{baseline['nats_per_byte']:.4f}", "")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    for mismatch in result["mismatches"]:
-        console.print(mismatch, markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

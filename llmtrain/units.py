@@ -18,7 +18,7 @@ Unit = Literal["steps", "tokens", "percent", "auto"]
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_COUNT = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([KMBTG]?)\s*")
+_COUNT = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?)\s*([KMBTG]?)\s*")
 _LENGTH = re.compile(r"\s*(?P<number>.*?)\s*(?P<unit>steps?|tokens?|%)\s*")
 
 

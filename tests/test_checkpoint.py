@@ -536,7 +536,8 @@ def test_no_file_of_a_run_needs_pickle(prepared: dict[str, Any], tmp_path: Path,
     second = command(prepared, tmp_path / "run", *words, "run.stop_at=6 steps", resume="must")
     ranks.start(tmp_path / "second", count, without_pickle, second).succeeded()
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "latest"]
-    assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".yaml"}
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl", ".yaml", ".npy"}
+    assert [np.load(path).dtype for path in files if path.suffix == ".npy"] == [np.float64]  # refuses pickles by itself
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"checkpoint"},
     {"train"},
     {"study", "serve"},
-    {"cli_checkpoint", "cli_hf", "cli_law", "cli_schedule", "cli_serve"},
+    {"cli_checkpoint", "cli_compare", "cli_hf", "cli_law", "cli_schedule", "cli_serve"},
     {"cli"},
 ]
 TORCH_FREE = [
@@ -38,13 +38,21 @@ TORCH_FREE = [
     "llmtrain.train.metrics",
     "llmtrain.study.compare",
     "llmtrain.study.figures",
+    "llmtrain.study.statistics",
+    "llmtrain.study.record",
+    "llmtrain.study.readings",
+    "llmtrain.study.report_page",
+    "llmtrain.study.report_data",
     "llmtrain.study.schedule_figure",
     "llmtrain.study.schedule_page",
     "llmtrain.study.schedule_shown",
+    "llmtrain.study.notebook",
     "llmtrain.study.law.fitted",
     "llmtrain.study.law.ranking",
     "llmtrain.study.law.optimise",
     "llmtrain.study.schedule_view",
+    "llmtrain.serve.app",
+    "llmtrain.serve.server",
     "llmtrain.cli",
 ]
 

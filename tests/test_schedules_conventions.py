@@ -15,6 +15,7 @@ import pytest
 
 from llmtrain.config import ScheduleConfig
 from llmtrain.schedules import Schedule, catalog, plan
+from llmtrain.schedules.conventions import CONVENTIONS
 
 COSINE_FROM_PEAK = [1.0, 0.940, 0.775, 0.550, 0.325, 0.160]
 GOLDEN = sorted((Path(__file__).parent / "golden" / "schedules").glob("*.json"))
@@ -256,3 +257,11 @@ def test_every_schedule_has_a_golden_spec() -> None:
     """Else a new shape could change its meaning later without a test that notices."""
     kept = {json.loads(file.read_text())["spec"]["name"] for file in GOLDEN}
     assert {shape.name for shape in catalog() if not shape.name.startswith("test_")} | {"extend", "replace"} <= kept
+
+
+@pytest.mark.parametrize("convention", sorted({*CONVENTIONS} - {"deepspeed"}))  # it warms up over 2 at least
+def test_a_run_without_warm_up_starts_at_the_peak_in_every_convention(convention: str) -> None:
+    """A migrated run that has no warm-up could not be planned at all."""
+    multipliers = make("cosine", 0, 50, convention=convention).multipliers(np.arange(1, 51))
+    assert multipliers[:2].max() > 0.99
+    assert np.all(np.diff(multipliers[1:]) <= 0)

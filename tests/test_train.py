@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from llmtrain.checkpoint.store import fingerprint
 from llmtrain.cli import main
 from llmtrain.config_file import load_config
+from llmtrain.data.dataset import open_data
 from llmtrain.errors import CheckpointError, DataError, DivergenceError
-from llmtrain.train.metrics import read_metrics
+from llmtrain.train.metrics import DOCUMENTS_FILE, read_metrics
 from llmtrain.train.saved import evaluate_run
 from tests import ranks
 from tests.conftest import text_folder
@@ -204,3 +206,21 @@ def test_a_run_stopped_at_its_last_update_is_validated_when_it_is_started_again(
     for _ in range(2):
         leg("run", 1, "run.stop_at=6 steps", arguments=("--resume", "must")).succeeded()
         assert [row["step"] for row in read_metrics(tmp_path / "run") if row["kind"] == "validation"] == [6]
+
+
+def test_validation_keeps_what_each_document_cost(leg: Leg, prepared: dict[str, Any], tmp_path: Path) -> None:
+    """The noise of the validation text could not be told from a difference between schedules."""
+    for name, count, more in (("one", 1, ()), ("two", 2, ("engine.kind=fsdp",))):
+        leg(name, count, *more, "validation.max_tokens=null").succeeded()
+    one, two = (np.load(tmp_path / name / DOCUMENTS_FILE) for name in ("one", "two"))
+    row = read_metrics(tmp_path / "one")[-1]
+    assert np.array_equal(one[:, 1], two[:, 1])
+    assert np.allclose(one, two, rtol=1e-5)
+    assert one[:, 0].sum() / row["num_tokens"] == pytest.approx(row["loss"], rel=1e-12)
+    data = open_data(prepared["data"]["path"], "llmtrain prepare")
+    stream = data.validation.read(0, row["num_tokens"] + 1)
+    slow = np.zeros(len(one))
+    for position in range(1, len(stream)):
+        slow[int((stream[:position] == data.manifest.eos_id).sum())] += 1
+    assert np.array_equal(one[:, 1], slow)
+    assert np.count_nonzero(slow) > 1

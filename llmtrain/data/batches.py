@@ -180,10 +180,19 @@ class ValidationSet:
         self._tokens = tokens
         self._seq_len = seq_len
         self._eos_id = eos_id if document_mask else None
-        self.num_bytes = sum(
-            int(token_bytes[tokens.read(start, min(1 << 20, self.num_tokens + 1 - start))].sum())
-            for start in range(1, self.num_tokens + 1, 1 << 20)
-        )
+        self.num_bytes = -int(token_bytes[tokens.read(0, 1)].sum())  # the first token is not scored
+        ends = []
+        for start in range(0, self.num_tokens + 1, 1 << 20):
+            piece = tokens.read(start, min(1 << 20, self.num_tokens + 1 - start))
+            self.num_bytes += int(token_bytes[piece].sum())
+            ends.append(start + np.flatnonzero(piece == eos_id))
+        self._ends = np.concatenate(ends)
+        self.document_tokens = np.diff(np.concatenate([[0], self._ends, [self.num_tokens]]))  # (D,)
+
+    def documents(self, window: int, count: int) -> _Array:
+        """The document, from 0, that each target of `count` windows from `window` on belongs to, its EOS included."""
+        at = 1 + np.arange(window * self._seq_len, (window + count) * self._seq_len)
+        return np.searchsorted(self._ends, np.minimum(at, self.num_tokens))
 
     def num_batches(self, world_size: int, micro: int) -> int:
         """How many batches `batches` gives: the same on every rank, known from lengths alone."""

@@ -72,8 +72,8 @@ class Engine(Protocol):
         """Evaluation mode, no gradients; training mode again afterwards."""
         ...
 
-    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed negative log-likelihood and number of valid tokens of this rank's batch, fp64 on the CPU."""
+    def nats(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of every target of this rank's batch, 0 where ignored; (B, T) fp64 on the CPU."""
         ...
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -173,11 +173,10 @@ def inference(module: Any) -> Iterator[None]:
         module.train()
 
 
-def score(forward: Callable[..., Tensor], batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood and number of valid tokens of a batch, fp64 on the CPU."""
+def score(forward: Callable[..., Tensor], batch: Batch, device: torch.device) -> Tensor:
+    """Negative log-likelihood of every target of a batch, 0 where ignored. (B, T) fp64 on the CPU"""
     batch = batch.to(device)
-    nll = forward(batch.tokens, batch.targets, batch.document_ids, reduction="none")
-    return nll.double().sum().cpu(), torch.tensor(batch.num_valid, dtype=torch.float64)
+    return forward(batch.tokens, batch.targets, batch.document_ids, reduction="none").cpu().double()
 
 
 def prepare_blocks(model: Decoder, config: Config) -> None:

@@ -124,7 +124,7 @@ class DeepSpeedEngine:
     def evaluating(self) -> AbstractContextManager[None]:
         return inference(self.engine)
 
-    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def nats(self, batch: Batch) -> Tensor:
         with self._computing():
             return score(self.engine, batch, self.world.device)
 

@@ -93,7 +93,7 @@ class FsdpEngine:
             assert isinstance(self.model, FSDPModule)
             self.model.reshard()
 
-    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def nats(self, batch: Batch) -> Tensor:
         return score(self.model, batch, self.world.device)
 
     def logits(self, tokens: Tensor) -> Tensor:

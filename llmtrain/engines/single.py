@@ -83,7 +83,7 @@ class SingleEngine:
     def evaluating(self) -> AbstractContextManager[None]:
         return inference(self.model)
 
-    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def nats(self, batch: Batch) -> Tensor:
         return score(self.model, batch, self.world.device)
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -28,7 +28,12 @@ WARMUPS = (*_RISES, "geometric", "log")
 
 
 def rise(shape: str, start: float, position: FloatArray, length: float) -> FloatArray:
-    """Multipliers at `position` (0 to `length`, in units of the clock) of the warm-up `shape` from `start` to 1."""
+    """Multipliers at `position` (0 to `length`, in units of the clock) of the warm-up `shape` from `start` to 1.
+
+    A warm-up of no length is at its end, where a convention asks for it at all.
+    """
+    if length == 0:
+        return np.ones_like(position)
     if shape == "geometric":  # equal factors: start ** (1 - x), for learning-rate range tests
         return power_of(start, 1.0 - position / length)
     if shape == "log":  # log(k) / log(W): DeepSpeed's default

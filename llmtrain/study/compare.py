@@ -1,107 +1,235 @@
-"""Which run predicts held-out text better, at the same number of tokens?
+"""Which schedule predicts held-out text better at the same number of tokens, and is that real?
 
-Reads run folders alone. Runs that differ in data, tokenizer, validation set, model or tokens seen are not ranked
-against each other: the report says in what they differ. No torch here.
+Reads run folders alone. Runs that follow one schedule, at whatever peak and seed, are a cell; cells are compared with
+one of them, the baseline, as `llmtrain.study.readings` says. Runs that differ in what `MUST_AGREE` names are not ranked
+against each other; a run that did not reach its end is set aside. No torch here.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from llmtrain.config_file import load_config
 from llmtrain.data.manifest import Baseline, load_manifest
-from llmtrain.errors import DataError
-from llmtrain.train.metrics import read_metrics
+from llmtrain.errors import ConfigError, DataError, did_you_mean
+from llmtrain.study.readings import (
+    AREA_TOLERANCE,
+    Entry,
+    Reading,
+    at_best_peak,
+    at_same_area,
+    at_same_peak,
+    fit_peaks,
+    some,
+)
+from llmtrain.study.record import RunRecord, differs_in_setting, read_record, run_folders
+from llmtrain.study.statistics import PeakFit
 
+MARGIN = 0.005  # of perplexity: a difference that is none for practical purposes
+_RATE_TOLERANCE = 1e-6  # of the peak
 MUST_AGREE = {
-    "tokens": "tokens seen",
-    "data_hash": "data",
-    "tokenizer_hash": "tokenizer",
-    "set_hash": "validation set",
-    "model_hash": "model",
-    "initial_weights": "initial weights",
+    "tokens": ("tokens seen", "compare runs of one length; branch a cooldown off the longer one to shorten it"),
+    "data_hash": ("data", "train again from one prepared folder, data.path"),
+    "tokenizer_hash": ("tokenizer", "train again with one tokenizer, or look at nats/byte alone"),
+    "set_hash": (
+        "validation set",
+        "train again with one data.path, validation.max_tokens and batch.seq_len, or look at nats/byte alone",
+    ),
+    "model_hash": ("model", "train again with one model section"),
+    "initial_weights": ("initial weights", "train again with one run.init_from"),
 }
 
 
-class RunCurve(NamedTuple):
-    """One run's history."""
+@dataclass(frozen=True)
+class Comparison:
+    """Runs, the best first, and what may be said of their schedules."""
 
-    name: str
-    schedule: str
-    steps: list[dict[str, Any]]
-    validations: list[dict[str, Any]]  # of the set `validation`, in order
-
-    @property
-    def final(self) -> dict[str, Any]:
-        return self.validations[-1]
-
-
-class Comparison(NamedTuple):
-    """Runs, the best first, with what they must share and what a model without context reaches."""
-
-    runs: list[RunCurve]
+    runs: list[RunRecord]
+    set_aside: list[RunRecord]  # they did not reach their end
+    cell_of: dict[Path, str]  # by run folder
+    entries: list[Entry]
     mismatches: list[str]
-    baselines: dict[str, Baseline]
+    baselines: dict[str, Baseline]  # what a model without context reaches
+    baseline: str  # the cell that others are compared with
+    margin: float  # of perplexity
+    target: float | None
+    fits: dict[str, PeakFit]  # by cell, where it was run at several peaks
+    readings: list[Reading]
+    warnings: list[str] = field(default_factory=list)
 
 
-def compare(run_dirs: list[Path]) -> Comparison:
-    """Read the runs and rank them by final validation loss, where they may be ranked; else keep the order given."""
-    runs = [read_curve(path) for path in run_dirs]
-    mismatches = [
-        f"{what} differ: " + ", ".join(f"{run.name} {run.final[key]}" for run in runs)
-        for key, what in MUST_AGREE.items()
-        if len({run.final[key] for run in runs}) > 1
+def compare(
+    paths: Sequence[Path], *, baseline: str | None = None, margin: float = MARGIN, target: float | None = None
+) -> Comparison:
+    """Read runs, or folders of runs, and compare their schedules with `baseline`: a cell, a schedule or a run.
+
+    Without one it is the schedule of the first run. `margin`: what share of perplexity counts as no difference.
+    Raises DataError and ConfigError.
+    """
+    records, warnings = _read(run_folders(paths))
+    ended = [run for run in records if not run.unfinished]
+    runs, set_aside = (ended, [run for run in records if run.unfinished]) if ended else (records, [])
+    mismatches = _mismatches(runs)
+    labels = _labels(records)
+    cell_of = {run.folder: labels[run.key] for run in records}
+    against = _baseline_cell(baseline, records, cell_of) if baseline else cell_of[runs[0].folder]
+    if mismatches:
+        return Comparison(
+            runs, set_aside, cell_of, [], mismatches, _baselines(records), against, margin, target, {}, [], warnings
+        )
+    entries, repeated = _entries(runs, cell_of)
+    fits = fit_peaks(entries, [(cell_of[run.folder], run.peak) for run in set_aside])
+    readings = [
+        at_best_peak(entries, fits, against, margin),
+        at_same_area(entries, against, margin),
+        at_same_peak(entries, against, margin),
     ]
-    if not mismatches:
-        runs.sort(key=lambda run: float(run.final["loss"]))
-    return Comparison(runs, mismatches, _baselines(run_dirs))
+    warnings += [*_lost(set_aside, cell_of), *repeated, *_doubts(runs, entries, cell_of), *_edges(fits)]
+    return Comparison(
+        runs=sorted(runs, key=lambda run: run.loss),
+        set_aside=set_aside,
+        cell_of=cell_of,
+        entries=sorted(entries, key=lambda entry: entry.loss),
+        mismatches=[],
+        baselines=_baselines(records),
+        baseline=against,
+        margin=margin,
+        target=target,
+        fits=fits,
+        readings=readings,
+        warnings=warnings,
+    )
 
 
-def read_curve(run_dir: Path) -> RunCurve:
-    """The history of one run. Raises DataError where it was never validated."""
-    rows = read_metrics(run_dir)
-    validations = [row for row in rows if row["kind"] == "validation" and row["set"] == "validation"]
-    if not validations:
-        raise DataError(f"{run_dir} has no validation yet: let it train, or look at its log")
-    steps = [row for row in rows if row["kind"] == "step"]
-    return RunCurve(run_dir.name, validations[-1]["schedule"], steps, validations)
-
-
-def tokens_per_s(run: RunCurve) -> float | None:
-    """Median over the updates, the first of each attempt left out."""
-    speeds = sorted(row["tokens_per_s"] for row in run.steps[1:])
-    return speeds[len(speeds) // 2] if speeds else None
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """What `--json` prints."""
-    runs = [
-        {
-            "run": run.name,
-            "schedule": run.schedule,
-            "schedule_hash": run.final["schedule_hash"],
-            "step": run.final["step"],
-            "tokens": run.final["tokens"],
-            "loss": run.final["loss"],
-            "perplexity": run.final["perplexity"],
-            "nats_per_byte": run.final["nats_per_byte"],
-            "decayed": run.final["decayed"],
-            "tokens_per_s": tokens_per_s(run),
-        }
-        for run in comparison.runs
+def _read(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
+    """All runs that have a validation; the others are told of, where there is one to go on with."""
+    records, missing = [], []
+    for folder in folders:
+        try:
+            records.append(read_record(folder))
+        except DataError as error:
+            missing.append(error)
+    if not records:
+        raise missing[0]
+    names = [run.name for run in records]
+    doubled = {name for name in names if names.count(name) > 1}
+    records = [
+        replace(run, name=f"{run.folder.parent.name}/{run.name}") if run.name in doubled else run for run in records
     ]
-    baselines = {name: baseline.model_dump() for name, baseline in comparison.baselines.items()}
-    return {
-        "ranked": not comparison.mismatches,
-        "mismatches": comparison.mismatches,
-        "runs": runs,
-        "baselines": baselines,
-    }
+    return records, [f"left out: {error}" for error in missing]
 
 
-def _baselines(run_dirs: list[Path]) -> dict[str, Baseline]:
+def _mismatches(runs: Sequence[RunRecord]) -> list[str]:
+    found = []
+    for key, (what, remedy) in MUST_AGREE.items():
+        by_value: dict[Any, list[str]] = {}
+        for run in runs:
+            by_value.setdefault(run.final.get(key), []).append(run.name)
+        if len(by_value) > 1:
+            sides = "; ".join(f"{value} in {some(names)}" for value, names in by_value.items())
+            found.append(f"{what} differ: {sides}. To compare them: {remedy}")
+    return found
+
+
+def _labels(records: Sequence[RunRecord]) -> dict[str, str]:
+    """A name for each key: the schedule, and what tells it from the others."""
+    traits = {run.key: run.traits for run in records}
+    shared = set.intersection(*(set(one) for one in traits.values())) - {"schedule"}
+    varies = {name for name in shared if len({one[name] for one in traits.values()}) > 1}
+    labels: dict[str, str] = {}
+    for key, own in traits.items():
+        alike = [one for one in traits.values() if one["schedule"] == own["schedule"]]
+        shown = [
+            f"{name}={own[name]}"
+            for name in own
+            if name != "schedule"
+            and (name in varies or (name not in shared and len({one.get(name) for one in alike}) > 1))
+        ]
+        label = " ".join([own["schedule"], *shown])
+        again = sum(other == label or other.startswith(f"{label} (") for other in labels.values())
+        labels[key] = f"{label} ({again + 1})" if again else label
+    return labels
+
+
+def _baseline_cell(name: str, records: Sequence[RunRecord], cell_of: dict[Path, str]) -> str:
+    cells = sorted(set(cell_of.values()))
+    if name in cells:
+        return name
+    found = {cell_of[run.folder] for run in records if name in (run.name, run.traits["schedule"])}
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        raise ConfigError(f"--baseline {name} could be {', '.join(sorted(found))}: write one of these")
+    raise ConfigError(f'--baseline "{name}" is no schedule and no run of these{did_you_mean(name, cells)}')
+
+
+def _entries(runs: Sequence[RunRecord], cell_of: dict[Path, str]) -> tuple[list[Entry], list[str]]:
+    """Runs by cell and peak; a seed that is there twice counts once."""
+    found: dict[tuple[str, float], Entry] = {}
+    repeated = []
+    for run in runs:
+        place = (cell_of[run.folder], run.peak)
+        entry = found.setdefault(place, Entry(*place, {}))
+        if run.seed in entry.runs:
+            first = entry.runs[run.seed].name
+            repeated.append(f"{run.name} repeats {first}, seed and all: only {first} counts as a replicate")
+            continue
+        entry.runs[run.seed] = run
+    return list(found.values()), repeated
+
+
+def _lost(set_aside: Sequence[RunRecord], cell_of: dict[Path, str]) -> list[str]:
+    return [
+        f"{run.name} ({cell_of[run.folder]}, peak {run.peak:g}, seed {run.seed}) did not reach its end: "
+        f"{run.unfinished}; it is left out, and what is left of its schedule looks better for it"
+        for run in set_aside
+    ]
+
+
+def _doubts(runs: Sequence[RunRecord], entries: Sequence[Entry], cell_of: dict[Path, str]) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    found = []
+    for run in runs:
+        if run.unfinished:
+            found.append(f"{run.name} did not reach its end: {run.unfinished}")
+        if run.rate_error is not None and run.rate_error > _RATE_TOLERANCE:
+            found.append(f"{run.name} used learning rates up to {run.rate_error:.2g} of its peak off its schedule")
+    spiky = [f"{run.name} {count}" for run in runs if (count := run.spikes)]
+    if spiky:
+        found.append(f"spikes of the training loss: {some(spiky)}")
+    raw = list(dict.fromkeys(entry.cell for entry in entries if not entry.annealed))
+    if raw and any(entry.annealed for entry in entries):
+        found.append(
+            f"not annealed at the end: {some(raw)}. A cooldown would lower its loss, so it is not comparable with "
+            "annealed ones"
+        )
+    elif raw:
+        found.append("no run was annealed at its end: a cooldown may turn the order round")
+    settings = {name for run in runs for name in run.traits if differs_in_setting(name)}
+    changed = sorted(name for name in settings if len({run.traits.get(name) for run in runs}) > 1)
+    if changed:
+        found.append(f"the runs differ in more than their schedule: {', '.join(changed)}")
+    areas = {entry.area for entry in entries if entry.area > 0}
+    if areas and max(areas) > (1 + AREA_TOLERANCE) * min(areas) and len({entry.cell for entry in entries}) > 1:
+        found.append(
+            f"the areas under the learning rates lie between {min(areas):.4g} and {max(areas):.4g}: in short runs the "
+            "area alone can decide"
+        )
+    return found
+
+
+def _edges(fits: dict[str, PeakFit]) -> list[str]:
+    return [
+        f"{cell}: its best peak {fit.best:g} is the {fit.edge} that was run; run one beyond it"
+        for cell, fit in fits.items()
+        if fit.edge
+    ]
+
+
+def _baselines(runs: Sequence[RunRecord]) -> dict[str, Baseline]:
     """Uniform and unigram predictors on the same validation set, where the data is still there."""
     try:
-        manifest = load_manifest(load_config(run_dirs[0] / "config.yaml").data.path)
-    except Exception:  # a report must not fail because data or config moved away
+        manifest = load_manifest(runs[0].config.data.path)
+    except DataError:  # a report must not fail because data moved away
         return {}
     return {"uniform": manifest.uniform, "unigram": manifest.unigram}

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint.saver import Saver
@@ -18,7 +19,7 @@ from llmtrain.errors import CheckpointError, DivergenceError
 from llmtrain.schedules import Schedule
 from llmtrain.train import rng
 from llmtrain.train.lock import RunLock
-from llmtrain.train.metrics import MetricsLog
+from llmtrain.train.metrics import DOCUMENTS_FILE, MetricsLog
 from llmtrain.train.progress import TrainingProgress
 from llmtrain.train.stop import StopRequest
 from llmtrain.train.throughput import memory_gib
@@ -107,15 +108,16 @@ class Trainer:
 
     def validate(self, k: int) -> None:
         """Score every held-out set after update k."""
+        micro = self.config.validation.micro or self.config.batch.micro
         for held_out in self.held_out:
-            result = evaluate(self.engine, held_out, self.config.validation.micro or self.config.batch.micro)
+            keep = Path(self.config.run.dir) / DOCUMENTS_FILE if held_out.name == "validation" else None
             row = {
                 "kind": "validation",
                 "step": k,
                 "tokens": self.tokens(k),
                 "lr": self.schedule.lr(k),
                 "decayed": self.schedule.decayed(k),
-                **result,
+                **evaluate(self.engine, held_out, micro, keep),
                 **self.facts["compare"],
                 "attempt": self.attempt,
             }

@@ -17,6 +17,7 @@ from typing import Any
 from llmtrain.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
+DOCUMENTS_FILE = "validation_documents.npy"  # of the last validation: (D, 2) float64, summed nats and tokens
 
 
 class MetricsLog:

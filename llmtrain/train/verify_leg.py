@@ -70,7 +70,7 @@ class Recorder:
     def evaluating(self) -> AbstractContextManager[None]:
         return self.engine.evaluating()
 
-    def nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def nats(self, batch: Batch) -> Tensor:
         return self.engine.nats(batch)
 
     def logits(self, tokens: Tensor) -> Tensor:

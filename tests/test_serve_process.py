@@ -40,10 +40,10 @@ def test_the_commands_of_the_manual_answer(service: Service, tmp_path: Path) -> 
     """The first thing a newcomer types would fail."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    text = (ROOT / "docs" / "service.md").read_text()
+    text = (ROOT / "docs" / "service.md").read_text() + (ROOT / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     commands = [text for block in blocks for text in re.split(r"\n(?=\S)", block) if text.startswith("curl")]
-    assert len(commands) >= 5
+    assert len(commands) >= 6
     for command in commands:
         here = command.replace("localhost:8000", f"localhost:{service.port}").replace("curl ", "curl --fail-with-body ")
         done = subprocess.run(["bash", "-c", here], capture_output=True, text=True, timeout=30, cwd=tmp_path)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from llmtrain.checkpoint.places import sync_file
 from llmtrain.errors import CheckpointError
 
 PIECE = 1 << 22  # elements held at once
@@ -83,9 +84,9 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
         if free < size:
             raise CheckpointError(f"{folder} takes {size / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} free")
         yield temporary
-        _sync(temporary)
+        sync_file(temporary)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync_file(folder.parent)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
@@ -103,11 +104,3 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -324,7 +324,7 @@ def test_a_branch_has_its_own_schedule_and_remembers_where_it_came_from(runs: Ru
     [
         (("run.branch_from=TRUNK",), "RUN_FOLDER@UPDATE"),
         (("run.branch_from=TRUNK@7",), "holds the checkpoints of updates 6"),
-        (("run.branch_from=nowhere@6",), "holds the checkpoints of no update"),
+        (("run.branch_from=nowhere@6",), "nowhere is not a run folder"),
         (("run.branch_from=TRUNK@6", "optim.clip=0.5"), "optim.clip: there 1.0, in this config 0.5"),
         (("run.branch_from=TRUNK@6", "schedule.horizon=6 steps"), "nothing is left to train"),
     ],

@@ -144,7 +144,7 @@ def _stage(flat: FlatState, staging: Staging) -> FlatState:
             if tensor.is_cuda:
                 copies[kind].copy_(tensor, non_blocking=True)
             else:  # by one thread: waking several for each slice costs more than it gains
-                np.copyto(copies[kind].numpy(), tensor.numpy())
+                np.copyto(copies[kind].view(torch.uint8).numpy(), tensor.detach().view(torch.uint8).numpy())
         slices.append(piece._replace(tensors=copies))
     if any(tensor.is_cuda for piece in flat.slices for tensor in piece.tensors.values()):
         torch.cuda.synchronize()

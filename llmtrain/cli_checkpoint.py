@@ -213,7 +213,7 @@ def _print(table: "Table") -> None:
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on stderr, moved by `(done, total)`."""
-    from llmtrain.checkpoint.hf_files import progress_bar
+    from llmtrain.checkpoint.files import progress_bar
 
     with progress_bar() as bar:
         task = bar.add_task(what, total=None)

@@ -138,7 +138,9 @@ def test_lengths(text: object, value: float, unit: str) -> None:
     assert Length.parse(str(length)) == length
 
 
-@pytest.mark.parametrize("text", [1, 0.1, "100", "1.5 steps", "ten steps", "101%", "-1 steps", None, True, "4 epochs"])
+@pytest.mark.parametrize(
+    "text", [1, 0.1, "100", "1.5 steps", "ten steps", "101%", "-1 steps", None, True, "4 epochs", "1e999999999 steps"]
+)
 def test_a_length_without_a_clear_meaning_is_refused(text: object) -> None:
     """A fraction would be taken for a count, or a count for a fraction."""
     with pytest.raises(ValueError, match=r"write|not a|outside"):

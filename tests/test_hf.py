@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from llmtrain.checkpoint.files import PIECE
 from llmtrain.checkpoint.hf_export import export_checkpoint
-from llmtrain.checkpoint.hf_files import PIECE
 from llmtrain.checkpoint.hf_import import ImportedWeights, import_folder, open_import
 from llmtrain.checkpoint.hf_tokenizer import require_expressible, write_tokenizer
 from llmtrain.checkpoint.store import CheckpointStore, open_checkpoint

@@ -83,7 +83,7 @@ def filled(url: str, staging: Path, *updates: int, keep: int = 9) -> CheckpointS
 def test_a_checkpoint_is_the_same_anywhere(url: str, tmp_path: Path) -> None:
     """A run in the cloud would lose what a run on a disk keeps: the newest, its ranges, the ones before it."""
     store = filled(url, tmp_path / "staging", 10, 20, 30, 40, keep=2)
-    assert store.place.listing() == (["step_00000040", "step_00000030"], [], [], "step_00000040")
+    assert store.place.listing() == (["step_00000040", "step_00000030"], [], [], [], "step_00000040")
     store.require_room(flat(0))
     found, rejected = CheckpointStore(url, ALONE, 2).newest_valid()
     assert found is not None

@@ -5,17 +5,16 @@ memory needed is that of one piece. `state.json` is copied as it is. The generat
 number; those of ranks beyond the new number are left behind, and such a rank starts fresh ones.
 """
 
-import json
-import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from llmtrain.checkpoint.files import PIECE, write_file, write_safetensors
 from llmtrain.checkpoint.flat import RANK_FILE, FlatReader
-from llmtrain.checkpoint.hf_files import PIECE, write_file
 from llmtrain.checkpoint.inspect import locate
 from llmtrain.checkpoint.places import STATE, Place, step_of
 from llmtrain.checkpoint.store import CheckpointStore, fingerprint
@@ -77,30 +76,25 @@ def _publish(
 
 
 def _write(path: Path, reader: FlatReader, rank: int, ranks: int, wrote: Callable[[int], None]) -> None:
-    """One rank's file, its header first: where each range lies follows from the sizes alone."""
+    """One rank's file: of every tensor the equal part that is its own."""
     own = reader.metadata[rank] if rank < len(reader.metadata) else {}
-    header: dict[str, Any] = {"__metadata__": own} if own else {}
-    ranges = []
-    end = 0
+    parts: dict[str, tuple[str, str, int, int]] = {}
     for name in sorted(reader.names()):
         for kind in _KINDS:
             numel = reader.numel(name, kind)
             start, stop = numel * rank // ranks, numel * (rank + 1) // ranks
             if start < stop:
-                at, end = end, end + 4 * (stop - start)
-                header[f"{kind}/{name}/{start}"] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [at, end]}
-                ranges.append((name, kind, start, stop))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, kind, start, stop in ranges:
-            for at in range(start, stop, PIECE):
-                piece = reader.read(name, kind, at, min(stop, at + PIECE))
-                file.write(piece.numpy().astype("<f4", copy=False).data)
-                wrote(4 * piece.numel())
-        file.flush()
-        os.fsync(file.fileno())
+                parts[f"{kind}/{name}/{start}"] = (name, kind, start, stop)
+
+    def pieces(key: str) -> Iterator[Tensor]:
+        name, kind, start, stop = parts[key]
+        for at in range(start, stop, PIECE):
+            piece = reader.read(name, kind, at, min(stop, at + PIECE))
+            yield piece
+            wrote(piece.nbytes)
+
+    shapes: dict[str, tuple[int, ...]] = {key: (stop - start,) for key, (_, _, start, stop) in parts.items()}
+    write_safetensors(path, torch.float32, shapes, pieces, own)
 
 
 def _delivered(place: Place, name: str, path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How does a checkpoint become a folder that `transformers`, vLLM or llama.cpp opens?
 
 Weights are read from the ranks' files range by range and written as they come, so a model of any size is exported in
-the memory of one piece (`hf_files`). It needs no engine, no GPU, no `transformers`. bf16 is fp32 rounded to nearest.
+the memory of one piece (`files`). It needs no engine, no GPU, no `transformers`. bf16 is fp32 rounded to nearest.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llmtrain.checkpoint.files import PIECE, new_folder, progress_bar, require_empty, write_json, write_safetensors
 from llmtrain.checkpoint.flat import FlatReader
-from llmtrain.checkpoint.hf_files import PIECE, new_folder, progress_bar, require_empty, write_json, write_safetensors
 from llmtrain.checkpoint.hf_model import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, hf_name, to_hf_config
 from llmtrain.checkpoint.hf_tokenizer import require_expressible, write_tokenizer
 from llmtrain.checkpoint.store import Checkpoint, CheckpointStore

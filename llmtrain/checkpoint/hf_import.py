@@ -18,8 +18,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmtrain.checkpoint.files import PIECE, new_folder, progress_bar, write_file, write_json, write_safetensors
 from llmtrain.checkpoint.flat import FlatReader
-from llmtrain.checkpoint.hf_files import PIECE, new_folder, progress_bar, write_file, write_json, write_safetensors
 from llmtrain.checkpoint.hf_model import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, from_hf_config, hf_name
 from llmtrain.checkpoint.places import Place
 from llmtrain.config import IMPORT_FILE, ModelConfig, content_hash, read_import

@@ -16,7 +16,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from llmtrain.checkpoint.hf_files import write_file, write_json
+from llmtrain.checkpoint.files import write_file, write_json
 from llmtrain.data.dataset import TOKENIZER_FILE
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import DataError

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmtrain.checkpoint.files import PIECE
 from llmtrain.checkpoint.flat import FlatReader
-from llmtrain.checkpoint.hf_files import PIECE
 from llmtrain.checkpoint.places import MANIFEST, STATE, Place, name_of, step_of
 from llmtrain.checkpoint.store import Checkpoint, file_fault, manifest_entries, open_checkpoint
 from llmtrain.config import Config, content_hash
@@ -62,13 +62,8 @@ def list_checkpoints(run_dir: Path) -> list[Row]:
     place = Place(checkpoints_of(run_dir))
     try:
         listing = place.listing()
-        states = {
-            "published": listing.published,
-            "unfinished": listing.unfinished,
-            "broken": listing.broken,
-            "superseded": _superseded(place),
-        }
-        rows = [_row(place, name, state) for state, names in states.items() for name in names]
+        states = ("published", "unfinished", "broken", "superseded")
+        rows = [_row(place, name, state) for state in states for name in getattr(listing, state)]
     except OSError as error:
         raise CheckpointError(f"{place.url} cannot be read: {error}") from None
     return sorted(rows, key=lambda row: row.step, reverse=True)
@@ -150,18 +145,11 @@ def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]
     return [] if old == new else [(name, old, new)]
 
 
-def _superseded(place: Place) -> list[str]:
-    """Names of the checkpoints that a resume from an older one set aside."""
-    if place.on_disk:
-        return [path.name for path in Path(place.root).glob("step_*.superseded")]
-    return [Path(path).parent.name for path in place.fs.glob(f"{place.root}/step_*/{MANIFEST}.superseded")]
-
-
 def _row(place: Place, name: str, kind: str) -> Row:
     state = _json(place, f"{name}/{STATE}") or {}
     manifest = _json(place, f"{name}/{MANIFEST}") or {}
     engine = state.get("engine", {})
-    step = int(name.removeprefix("step_").partition(".")[0])
+    step = step_of(name)
     on = f"zero{engine['zero_stage']}" if engine.get("kind") == "deepspeed" else engine.get("kind")
     return Row(
         name=name,

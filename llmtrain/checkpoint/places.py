@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 LATEST = "latest"
 
-_NAME = re.compile(r"step_(\d{8,})(\.tmp|\.broken)?")
+_NAME = re.compile(r"step_(\d{8,})(\.tmp|\.broken|\.superseded)?")
 _BLOCK = 1 << 22
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -41,6 +41,7 @@ class Listing(NamedTuple):
     published: list[str]
     unfinished: list[str]
     broken: list[str]  # set aside because they were not whole
+    superseded: list[str]  # set aside because training went on from an older one
     latest: str | None
 
 
@@ -96,7 +97,7 @@ class Place:
         latest = None
         with contextlib.suppress(OSError):
             latest = self.read(LATEST).decode(errors="replace").strip()
-        return Listing(kinds[""], kinds[".tmp"], kinds[".broken"], latest)
+        return Listing(kinds[""], kinds[".tmp"], kinds[".broken"], kinds[".superseded"], latest)
 
     @_as_oserror
     def taken(self, name: str) -> bool:

@@ -156,7 +156,7 @@ def _of_pieces(pieces: list[Any], where: str) -> Iterator[Problem]:
 
 
 def _of_length(value: Any, where: str) -> Iterator[Problem]:
-    """`1e999999999 steps` would be read for minutes; a text of another form is none that a length has."""
+    """A text of another form is none that a length has, and the OpenAPI document says so."""
     if isinstance(value, str) and not _LENGTH.match(value):
         wanted = 'write "2000 steps", "8B tokens", "1%" or "auto"'
         yield Problem(field=where, message=f"{value!r} is not a length: {wanted}")

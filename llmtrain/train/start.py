@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.hf_import import open_import
-from llmtrain.checkpoint.places import name_of, step_of
+from llmtrain.checkpoint.inspect import locate
+from llmtrain.checkpoint.places import step_of
 from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
 from llmtrain.config import Config, read_import
 from llmtrain.config_file import checkpoints_of, load_config
@@ -105,15 +106,12 @@ def _from_named(
     change: ScheduleChange | None,
 ) -> Start:
     """Go on from the checkpoint a user named: newer ones of this run are set aside, nothing is deleted."""
-    folder, _, name = named.rstrip("/").rpartition("/")
-    if step_of(name) < 0:
-        folder, at, step = named.rpartition("@")
-        if not at or not step.isdigit():
-            raise CheckpointError(
-                f"--resume {named}: write auto, must, never, the folder of a checkpoint "
-                f"({config.checkpoint_url}/{name_of(1000)}) or RUN@UPDATE"
-            )
-        folder, name = checkpoints_of(Path(folder)), name_of(int(step))
+    try:
+        folder, name = locate(named)
+    except LlmtrainError as error:
+        raise CheckpointError(
+            f"--resume takes auto, must, never, RUN@UPDATE or a checkpoint's folder: {error}"
+        ) from None
     there = CheckpointStore(folder, store.world, store.keep)
     own = (there.place.root, type(there.place.fs)) == (store.place.root, type(store.place.fs))
     if not own and store.newest_valid() != (None, []):

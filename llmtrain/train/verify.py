@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llmtrain.checkpoint.hf_files import require_empty
+from llmtrain.checkpoint.files import require_empty
 from llmtrain.config import Config
 from llmtrain.config_file import to_yaml, validate
 from llmtrain.data.dataset import open_data

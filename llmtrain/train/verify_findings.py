@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.checkpoint.files import PIECE
 from llmtrain.checkpoint.flat import FlatReader
-from llmtrain.checkpoint.hf_files import PIECE
 from llmtrain.checkpoint.places import Place
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from llmtrain.train.rng import METADATA_KEY

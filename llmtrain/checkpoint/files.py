@@ -30,9 +30,15 @@ _CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Pieces = Callable[[str], Iterable[Tensor]]
 
 
-def write_safetensors(path: Path, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], pieces: Pieces) -> None:
+def write_safetensors(
+    path: Path,
+    dtype: torch.dtype,
+    shapes: dict[str, tuple[int, ...]],
+    pieces: Pieces,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write tensors of `shapes`, in that order. `pieces(name)` gives one tensor's elements, a piece after another."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize

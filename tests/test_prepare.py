@@ -326,6 +326,26 @@ def test_a_worker_that_dies_is_noticed(corpus: Path, tmp_path: Path) -> None:
     assert "told: a worker process died" in err and "Traceback" not in err
 
 
+def test_a_worker_that_dies_while_text_is_sent_to_it_is_noticed() -> None:
+    """Else the preparation waits for ever for a worker to read what it was being sent."""
+    script = """
+import multiprocessing
+from llmtrain.data.workers import unit_pool
+from llmtrain.errors import DataError
+
+try:
+    with unit_pool(2) as submit:
+        futures = [submit(None, ["x" * 5_000_000]) for _ in range(3)]  # more than a pipe holds
+        multiprocessing.active_children()[0].kill()
+        futures[0].result()
+except DataError as error:
+    print(f"told: {error}")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("told: a worker process died")
+
+
 def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
 

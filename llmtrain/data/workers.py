@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from typing import Any
 
 from llmtrain.data.unit import UnitPlace, UnitRecord, tokenize_unit
 from llmtrain.errors import DataError
@@ -26,12 +28,22 @@ def unit_pool(workers: int) -> Iterator[Submit]:
         try:
             yield lambda place, texts: pool.submit(tokenize_unit, place, texts)
         except BrokenProcessPool:
+            if sys.version_info < (3, 12):
+                _unblock(pool)
             raise DataError(
                 "a worker process died, most often because memory ran out. What is finished is kept: run the same "
                 "command again with fewer --workers or a smaller data.shard_bytes"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _unblock(pool: Any) -> None:
+    """Let the thread that writes texts to workers fail: the pool waits for it, and no worker reads any more.
+
+    Python 3.12 does so itself (github.com/python/cpython/issues/94777).
+    """
+    pool._call_queue._reader.close()
 
 
 def _here(place: UnitPlace, texts: list[str]) -> "Future[UnitRecord]":

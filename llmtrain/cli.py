@@ -8,21 +8,30 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llmtrain.cli_average import average, lr_find
+from llmtrain.cli_bench import bench
+from llmtrain.cli_branch import branch
 from llmtrain.cli_checkpoint import checkpoint_app, verify_resume
 from llmtrain.cli_compare import compare
+from llmtrain.cli_doctor import doctor
 from llmtrain.cli_hf import export, import_
 from llmtrain.cli_law import law_app
+from llmtrain.cli_plan import plan
 from llmtrain.cli_schedule import schedule_app
 from llmtrain.cli_serve import serve
+from llmtrain.cli_slurm import slurm_app
+from llmtrain.cli_sweep import sweep
 from llmtrain.errors import EnvironmentError, LlmtrainError
 
 TRAIN_PACKAGES = ("torch", "deepspeed", "sentencepiece", "datasets", "wandb", "safetensors", "xxhash", "fsspec")
+_GIVE_WAY_S = 3.0
 
 app = typer.Typer(
     name="llmtrain",
@@ -36,6 +45,7 @@ app = typer.Typer(
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(law_app, name="law")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(slurm_app, name="slurm")
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="The YAML file that describes the run.")]
 Overrides = Annotated[
@@ -95,14 +105,21 @@ def train(
     from llmtrain.config_file import load_config
 
     loaded = load_config(config, overrides)
-    from llmtrain.train.run import train as train_run
+    from llmtrain.train.attempts import recorded, seconds_left
+    from llmtrain.train.stop import USER_SIGNALS, StopRequest
 
-    train_run(
-        loaded,
-        prepare_command=_prepare_command(config, overrides),
-        resume=resume,
-        change=schedule_change,  # type: ignore[arg-type]
-    )
+    run_dir = Path(loaded.run.dir)
+    stop = StopRequest(run_dir, loaded.run.max_minutes, job_left_s=seconds_left(run_dir, os.environ))
+    with recorded(run_dir), stop.listening(USER_SIGNALS):
+        from llmtrain.train.run import train as train_run
+
+        train_run(
+            loaded,
+            prepare_command=_prepare_command(config, overrides),
+            resume=resume,
+            change=schedule_change,  # type: ignore[arg-type]
+            stop=stop,
+        )
 
 
 @app.command("eval", epilog="Example: llmtrain eval runs/demo_cosine")
@@ -141,9 +158,18 @@ def generate(
     print()
 
 
+app.command("average", epilog="Example: llmtrain average runs/demo_cosine --last 3")(average)
+app.command("lr-find", epilog="Example: llmtrain lr-find --config configs/demo_cosine.yaml --png edge.png")(lr_find)
+app.command("branch", epilog='Example: llmtrain branch runs/trunk@800 --schedule "cooldown(linear, 20%)" --name cool')(
+    branch
+)
 app.command("compare", epilog="Example: llmtrain compare runs/demo_cosine runs/demo_linear --html report.html")(compare)
 app.command("verify-resume", epilog="Example: llmtrain verify-resume --config configs/demo_cosine.yaml")(verify_resume)
+app.command("sweep", epilog="Example: llmtrain sweep configs/studies/ablation.yaml")(sweep)
+app.command("doctor", epilog="Example: llmtrain doctor --config configs/demo_cosine.yaml")(doctor)
 app.command("serve", epilog="Example: llmtrain serve --runs runs")(serve)
+app.command("bench", epilog="Example: llmtrain bench --config configs/demo_cosine.yaml")(bench)
+app.command("plan", epilog="Example: llmtrain plan --config configs/7b_cosine.yaml --gpus 8 --gpu h100")(plan)
 app.command("export", epilog="Example: llmtrain export runs/7b_cosine --to hf exported/7b")(export)
 app.command("import", epilog="Example: llmtrain import downloads/llama imported/llama")(import_)
 
@@ -178,5 +204,11 @@ def _run(arguments: list[str]) -> None:
 
 
 def _speaks() -> bool:
-    """Whether this process is the one of its node that tells the user; all ranks of a node make the same mistake."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+    """Whether this process tells the user. All ranks make the same mistake, so the first tells it, and ends the job;
+    another node's first rank is still there after a moment where the mistake is that node's alone.
+    """
+    if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):
+        return False
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
+        time.sleep(_GIVE_WAY_S)
+    return True

@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from llmtrain.study.compare import Comparison
-    from llmtrain.study.report import Table
-
-_PIPE_COLUMNS = 400  # a file has no edge: nothing is cut off
-_FEW_RUNS = 30  # that the terminal lists one by one
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUNS|STUDY", help="Run folders, or folders of them.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS|STUDY", help="Run folders, folders of them, or a study's file.")
+    ],
     baseline: Annotated[
         str | None, typer.Option(metavar="NAME", help="A schedule or run to compare with. [the first]")
     ] = None,
@@ -37,13 +33,16 @@ def compare(
     share = _percent(margin)
     from llmtrain.study.compare import compare as compare_runs
     from llmtrain.study.report_data import as_json as comparison_json
+    from llmtrain.study.report_printed import print_report
+    from llmtrain.study.sweep_file import read_study
 
-    comparison = compare_runs(runs, baseline=baseline, margin=share, target=target)
+    folders = [read_study(path).folder if path.suffix in (".yaml", ".yml") else path for path in runs]
+    comparison = compare_runs(folders, baseline=baseline, margin=share, target=target)
     _write_files(comparison, png, html, md, csv)
     if as_json:
-        print(json.dumps(comparison_json(comparison), allow_nan=False))
+        print(json.dumps(comparison_json(comparison, speeds=True), allow_nan=False))
     else:
-        _print_report(comparison)
+        print_report(comparison)
     for path in (png, html, md, csv):
         if path is not None:
             print(f"wrote {path}", file=sys.stderr if as_json else sys.stdout)
@@ -79,39 +78,3 @@ def _write_files(
             write_csv(comparison, csv)
     except OSError as error:
         raise EnvironmentError(f"cannot write {error.filename}: {error.strerror}") from None
-
-
-def _print_report(comparison: "Comparison") -> None:
-    from rich.console import Console
-
-    from llmtrain.study.report import closing, entries_table, peaks_table, runs_table, sentences
-
-    console = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
-    runs = runs_table(comparison)
-    replicated = any(len(entry.runs) > 1 for entry in comparison.entries)
-    if replicated:
-        _print_table(console, entries_table(comparison))
-    if len(runs.rows) <= _FEW_RUNS or not replicated:
-        _print_table(console, runs, None if not comparison.mismatches else "NOT RANKED: these runs cannot be compared")
-    if comparison.fits:
-        _print_table(console, peaks_table(comparison))
-    for mismatch in comparison.mismatches:
-        print(mismatch)
-    for reading in comparison.readings:
-        for _, sentence in sentences(comparison, reading):
-            print(sentence)
-    for note in [*comparison.warnings, *closing(comparison)]:
-        print(f"note: {note}")
-
-
-def _print_table(console: "Console", table: "Table", title: str | None = None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table as Printed
-
-    printed = Printed(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(table.head):
-        printed.add_column(escape(name), justify="left" if i < table.left else "right", no_wrap=True)
-    for row in table.rows:
-        printed.add_row(*(escape(cell) for cell in row))
-    console.print(printed)

@@ -73,6 +73,35 @@ def show(
             print(f"wrote {path}", file=sys.stderr if as_json else sys.stdout)
 
 
+@schedule_app.command(epilog="Example: llmtrain schedule refine runs/demo_cosine --out refined.yaml")
+def refine(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished pilot run.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the schedule section.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a figure.", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+) -> None:
+    """The schedule that the gradient norms of a pilot run ask for: its warm-up and decay come out by themselves."""
+    from llmtrain.study.law.optimise import section_yaml, write_section
+    from llmtrain.study.refine import refine as derive
+    from llmtrain.study.schedule_shown import facts
+
+    found = derive(run)
+    if out is not None:
+        write_section(found.section, out)
+    _write_files(found.shown, None, png, None)
+    if as_json:
+        about = {"derived": found.derived, "warnings": found.warnings, "schedules": [facts(one) for one in found.shown]}
+        print(json.dumps({"schedule": found.section, **about}, allow_nan=False))
+    else:
+        _print_view(found.shown)
+        print("\n".join([*found.derived, *(f"warning: {text}" for text in found.warnings)]))
+        if out is None:
+            print(section_yaml(found.section), end="")
+    for path in (out, png):
+        if path is not None:
+            print(f"wrote {path}", file=sys.stderr if as_json else sys.stdout)
+
+
 def _write_files(shown: "Sequence[Shown]", csv: Path | None, png: Path | None, html: Path | None) -> None:
     from llmtrain.errors import EnvironmentError
     from llmtrain.study.schedule_shown import write_csv

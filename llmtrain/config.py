@@ -315,8 +315,16 @@ class EngineConfig(Section):
     shard_ranks: PositiveInt | None = Field(None, description="fsdp: ranks that share one copy (HSDP); null: all")
     reshard_after_forward: bool = Field(True, description="fsdp: free gathered blocks between forward and backward")
     activation_checkpointing: Literal["none", "all"] | PositiveInt = Field("none", description="blocks; n: every n-th")
-    compile: bool = Field(False, description="torch.compile each block")
-    timeout_s: PositiveInt = Field(1800, description="longest wait in a collective")
+    accumulation_sync: Literal["every", "last"] = Field(
+        "every", description="fsdp: reduce gradients of every micro-batch, or only with the last, and keep them whole"
+    )
+    compile: bool = Field(False, description="torch.compile each block, and the loss between its products")
+    activation_memory: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="with compile: share of a block's activations that is kept, the cheapest are computed again"
+    )
+    timeout_s: PositiveInt = Field(1800, description="longest time without progress, then the job is ended")
+    meet_timeout_s: PositiveInt = Field(60, description="longest wait for all ranks to come, from the first on")
+    start_timeout_s: PositiveInt = Field(1800, description="the same while starting: loading, compiling")
 
     @model_validator(mode="after")
     def _deepspeed_keys(self) -> Self:
@@ -335,6 +343,14 @@ class EngineConfig(Section):
                 raise ValueError(f'deepspeed key "{key}" is refused: {owned[key]}')
         return self
 
+    @model_validator(mode="after")
+    def _activations(self) -> Self:
+        if self.activation_memory < 1 and not self.compile:
+            raise ValueError("activation_memory below 1 is the compiler's choice of what to keep: write compile: true")
+        if self.activation_memory < 1 and self.activation_checkpointing != "none":
+            raise ValueError("activation_memory chooses within blocks, activation_checkpointing whole ones: write one")
+        return self
+
 
 class ValidationConfig(Section):
     """When and on what the run is judged. The data's own validation split is always judged, under `validation`."""
@@ -342,6 +358,7 @@ class ValidationConfig(Section):
     every: Length | None = Field(None, description="also at update 0 and at the end; null: only there")
     micro: PositiveInt | None = Field(None, description="sequences at once on one rank; batch.micro when null")
     max_tokens: PositiveInt | None = Field(None, description="the first so many tokens of each set; null: all")
+    ema_window: Length | None = Field(None, description="also judge a moving average of the weights; null: none")
     sets: dict[str, str] = Field({}, description="further sets, name: prepared data folder with the same tokenizer")
 
 
@@ -356,6 +373,7 @@ class CheckpointConfig(Section):
     keep: int = Field(3, ge=2, description="newest checkpoints kept, besides ephemeral ones")
     keep_every: Length | None = Field(None, description="checkpoints at multiples of this are kept for ever")
     async_save: bool = Field(True, description="write while training goes on, from a copy in host memory")
+    timeout_s: PositiveInt = Field(24 * 3600, description="longest wait for a save, uploads and retries included")
 
 
 class WandbConfig(Section):
@@ -410,6 +428,7 @@ class Config(Section):
             )
         for field, length in (
             ("validation.every", self.validation.every),
+            ("validation.ema_window", self.validation.ema_window),
             ("checkpoint.every", self.checkpoint.every),
             ("checkpoint.ephemeral", self.checkpoint.ephemeral),
             ("checkpoint.keep_every", self.checkpoint.keep_every),

@@ -5,20 +5,22 @@ group with gloo for the CPU and NCCL for GPUs, and ends it in order. Everything 
 `World`, on CPU tensors, so that control messages never queue behind a GPU's work.
 """
 
-import hashlib
 import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from llmtrain.arrival import await_all, launchers_store
 from llmtrain.errors import EnvironmentError
+from llmtrain.rendezvous import meet
 
 
 class Place(NamedTuple):
@@ -129,25 +131,25 @@ class World:
         dist.all_gather(everyone, torch.frombuffer(bytearray(data.ljust(width)), dtype=torch.uint8), group=self.group)
         return [bytes(one[: int(n)].tolist()).decode() for one, n in zip(everyone, lengths, strict=True)]
 
-    def require_same(self, what: str, value: str) -> None:
-        """Raise EnvironmentError on every rank, naming the odd ones, where `value` is not the same on all."""
-        digest = hashlib.blake2b(value.encode(), digest_size=8).hexdigest()
-        seen = [line.split(" ", 1) for line in self.gather_text(f"{digest} {socket.gethostname()}")]
-        odd = [f"rank {rank} on {host}" for rank, (found, host) in enumerate(seen) if found != seen[0][0]]
-        if odd:
-            raise EnvironmentError(f"{what} on {', '.join(odd)} is not that of rank 0 on {seen[0][1]}")
+
+def node_name() -> str:
+    """This machine, by the name Slurm has for it where it started this process."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @contextmanager
-def open_world(timeout_s: int, *, collectives: bool) -> Iterator[World]:
+def open_world(
+    timeout_s: int, *, collectives: bool, meet_timeout_s: int = 60, folder: Path | None = None
+) -> Iterator[World]:
     """Join the other ranks for the length of the block. `collectives` starts a process group even for one rank.
 
-    Raises EnvironmentError when the ranks cannot meet.
+    Ranks that `srun` started meet through a file in `folder`. Raises EnvironmentError when the ranks cannot meet within
+    `meet_timeout_s`, naming those that did not come.
     """
     place = find_place(os.environ)
     device = _device(place)
     if place.size > 1 or collectives:
-        _meet(place, device, timeout_s)
+        _meet(place, device, timeout_s, meet_timeout_s, folder)
     try:
         yield World(place.rank, place.size, place.local_rank, device)
     finally:
@@ -171,17 +173,33 @@ def _device(place: Place) -> torch.device:
     return torch.device("cpu")
 
 
-def _meet(place: Place, device: torch.device, timeout_s: int) -> None:
+def _meet(place: Place, device: torch.device, timeout_s: int, meet_timeout_s: int, folder: Path | None) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=meet_timeout_s)  # of the connections that are made now
     try:
         if place.size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
-        else:
-            dist.init_process_group(
-                backend, init_method="env://", rank=place.rank, world_size=place.size, timeout=timeout
-            )
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+            return
+        with _store(place, timeout_s, meet_timeout_s, folder) as store:
+            await_all(store, place.rank, place.size, node_name(), meet_timeout_s)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+        set_timeouts(timeout_s)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR unset)')}:{os.environ.get('MASTER_PORT', '(unset)')}"
-        me = f"rank {place.rank} of {place.size} on {socket.gethostname()}"
+        me = f"rank {place.rank} of {place.size} on {node_name()}"
         raise EnvironmentError(f"{me} could not meet the others at {address}: {error}") from error
+
+
+def _store(
+    place: Place, timeout_s: int, meet_timeout_s: int, folder: Path | None
+) -> AbstractContextManager[dist.Store]:  # type: ignore[name-defined]
+    """Where the ranks meet, for the length of a block."""
+    if "RANK" not in os.environ and folder is not None:
+        return meet(place.rank, place.size, folder, timeout_s)
+    return nullcontext(launchers_store(place.rank, place.size, meet_timeout_s))
+
+
+def set_timeouts(timeout_s: int) -> None:
+    """Give every group that there is this longest wait: torch gives groups that engines make one of its own."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

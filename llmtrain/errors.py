@@ -40,6 +40,12 @@ class DivergenceError(LlmtrainError):
     exit_code = 3
 
 
+class RankError(LlmtrainError):
+    """A rank died or made no progress, so the job was ended. The last checkpoint is good: the same command goes on."""
+
+    exit_code = 4
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`'; did you mean "warmup"?'` where a known word is close, else the list of known words."""
     known = sorted(known)

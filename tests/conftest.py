@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from llmtrain.cli import main
 from tests import ranks
 
+pytest_plugins = ["tests.slurm_cluster"]
+
 
 def text_folder(folder: Path) -> Path:
     """Forty small documents of real code, the same on every machine."""

@@ -80,23 +80,14 @@ def test_a_contradiction_is_refused(environment: dict[str, str], said: str | Non
 
 
 def agree() -> None:
-    """On each of three ranks: what is gathered, and what is said when one of them differs."""
+    """On each of three ranks: what is gathered, however long the texts are."""
     with open_world(60, collectives=True) as world:
         texts = world.gather_text("é" * 1000 * world.rank + " ")
         assert texts == ["é" * 1000 * rank + " " for rank in range(3)]
         assert world.gather_text("") == ["", "", ""]
-        world.require_same("the seed", "7")
-        try:
-            world.require_same("the seed", "8" if world.rank == 1 else "7")
-        except EnvironmentError as error:
-            print(error)
         world.barrier()
 
 
-def test_the_odd_rank_is_named_with_its_host(tmp_path: Path) -> None:
-    """A user with 256 ranks could not find the node with the old checkout."""
-    import socket
-
-    running = ranks.start(tmp_path / "logs", 3, agree).succeeded()
-    host = socket.gethostname()
-    assert running.text().count(f"the seed on rank 1 on {host} is not that of rank 0 on {host}") == 3
+def test_texts_of_all_ranks_are_gathered(tmp_path: Path) -> None:
+    """Ranks would agree on cut-off or mixed-up messages."""
+    ranks.start(tmp_path / "logs", 3, agree).succeeded()

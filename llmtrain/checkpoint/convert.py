@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.files import PIECE, write_file, write_safetensors
-from llmtrain.checkpoint.flat import RANK_FILE, FlatReader
+from llmtrain.checkpoint.flat import EMA, RANK_FILE, FlatReader
 from llmtrain.checkpoint.inspect import locate
 from llmtrain.checkpoint.places import STATE, Place, step_of
 from llmtrain.checkpoint.store import CheckpointStore, fingerprint
@@ -22,7 +22,7 @@ from llmtrain.distributed import World
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from llmtrain.errors import CheckpointError
 
-_KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
+_KINDS = (WEIGHT, EXP_AVG, EXP_AVG_SQ, EMA)
 
 
 def convert(named: str, destination: str, ranks: int, on_written: Callable[[int, int], None]) -> str:

@@ -24,6 +24,7 @@ from llmtrain.engines.base import FlatState
 from llmtrain.errors import CheckpointError
 
 RANK_FILE = "rank_{:05d}.safetensors"
+EMA = "ema"  # a kind of tensor beside those of the engines: `llmtrain.train.average`
 
 
 def write_rank_file(path: Path, state: FlatState, metadata: dict[str, str] | None = None) -> None:

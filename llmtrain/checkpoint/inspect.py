@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmtrain.checkpoint.files import PIECE
-from llmtrain.checkpoint.flat import FlatReader
+from llmtrain.checkpoint.flat import EMA, FlatReader
 from llmtrain.checkpoint.places import MANIFEST, STATE, Place, name_of, step_of
 from llmtrain.checkpoint.store import Checkpoint, file_fault, manifest_entries, open_checkpoint
 from llmtrain.config import Config, content_hash
@@ -132,7 +132,7 @@ def diff(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[str, Any, Any]], list
             odd = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
             rows += [(f"rank {rank}, {key}", content_hash(one.get(key)), content_hash(other.get(key))) for key in odd]
     names = sorted(a.reader.names() | b.reader.names())
-    kinds = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
+    kinds = (WEIGHT, EXP_AVG, EXP_AVG_SQ, EMA)
     tensors = [_compare(a.reader, b.reader, name, kind) for name in names for kind in kinds]
     return rows, [tensor for tensor in tensors if tensor.elements]
 

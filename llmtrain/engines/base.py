@@ -7,11 +7,12 @@ one checkpoint serves every engine on any number of ranks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.config import Config, OptimConfig
@@ -20,6 +21,13 @@ from llmtrain.distributed import World
 from llmtrain.model.decoder import Block, Decoder
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+def unmarked(name: str) -> AbstractContextManager[None]:
+    """Where nobody measures: phases of an update ("forward", "backward", "optimizer") are not marked."""
+    return nullcontext()
 
 
 class StepStats(NamedTuple):
@@ -187,7 +195,17 @@ def prepare_blocks(model: Decoder, config: Config) -> None:
         assert isinstance(block, Block)
         block.recompute = bool(every) and index % every == 0
         if config.engine.compile:
-            block.compile()
+            block.compile_body()
+    if config.engine.compile:
+        torch._functorch.config.activation_memory_budget = config.engine.activation_memory
+        model.head.compile_likelihood()
+
+
+def summed(world: World, value: Tensor) -> Tensor:
+    """The sum of `value` over all ranks, in place and on its device, so that no rank waits for its device here."""
+    if world.size > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def count_valid(world: World, micro_batches: Sequence[Batch]) -> int:

@@ -29,6 +29,7 @@ from llmtrain.engines.base import (
     WEIGHT,
     FlatState,
     LearningRate,
+    Phase,
     Slice,
     StateSource,
     StepStats,
@@ -39,8 +40,10 @@ from llmtrain.engines.base import (
     prepare_blocks,
     score,
     start_moments,
+    summed,
+    unmarked,
 )
-from llmtrain.model.decoder import Decoder
+from llmtrain.model.decoder import Block, Decoder
 
 
 def generated_json(config: Config, world_size: int) -> dict[str, Any]:
@@ -72,9 +75,10 @@ def generated_json(config: Config, world_size: int) -> dict[str, Any]:
 class DeepSpeedEngine:
     """A decoder trained by a DeepSpeed engine."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, phase: Phase = unmarked) -> None:
         deepspeed = _import_deepspeed(world)
         self.world = world
+        self.phase = phase
         self.stage = config.engine.zero_stage
         self.precision = config.engine.precision
         self.rate = LearningRate.of(config)
@@ -87,6 +91,8 @@ class DeepSpeedEngine:
             model = Decoder(config.model)
         if self.stage < 3:
             model = model.to_empty(device=world.device)
+        if self.stage == 3:  # a block is gathered as one, outside of what is compiled and computed again
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         prepare_blocks(model, config)
         optimizer = build_adamw(model.named_parameters(), config.optim)
         with redirect_stdout(io.StringIO()):  # it prints its memory use while it builds
@@ -110,16 +116,18 @@ class DeepSpeedEngine:
         self.rate.write(self.optimizer, lr_multiplier, decay_multiplier)
         for batch in micro_batches:
             batch = batch.to(self.world.device)
-            with self._computing():
+            with self.phase("forward"), self._computing():
                 loss = self.engine(batch.tokens, batch.targets, batch.document_ids)
             # DeepSpeed averages gradients over the ranks, so the sum over them needs this factor.
-            self.engine.backward(loss * (self.world.size / valid), scale_wrt_gas=False)
-            norm = self._replicated_norm() if self.stage == 0 else None
-            self.engine.step()
+            with self.phase("backward"):
+                self.engine.backward(loss * (self.world.size / valid), scale_wrt_gas=False)
+            with self.phase("optimizer"):
+                norm = self._replicated_norm() if self.stage == 0 else None
+                self.engine.step()
             nats += loss.detach()
         self.updates += 1
         norm = torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float32)
-        return StepStats(self.world.sum(nats) / valid, norm, *self.rate.read(self.optimizer))
+        return StepStats(summed(self.world, nats) / valid, norm, *self.rate.read(self.optimizer))
 
     def evaluating(self) -> AbstractContextManager[None]:
         return inference(self.engine)

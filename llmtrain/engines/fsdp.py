@@ -26,6 +26,7 @@ from llmtrain.engines.base import (
     WEIGHT,
     FlatState,
     LearningRate,
+    Phase,
     Slice,
     StateSource,
     StepStats,
@@ -36,6 +37,8 @@ from llmtrain.engines.base import (
     prepare_blocks,
     score,
     start_moments,
+    summed,
+    unmarked,
 )
 from llmtrain.errors import ConfigError
 from llmtrain.model.decoder import Decoder
@@ -44,11 +47,13 @@ from llmtrain.model.decoder import Decoder
 class FsdpEngine:
     """A decoder sharded with FSDP2."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, phase: Phase = unmarked) -> None:
         self.world = world
+        self.phase = phase
         self.clip = config.optim.clip
         self.rate = LearningRate.of(config)
         self.precision = config.engine.precision
+        self.reduces_every = config.engine.accumulation_sync == "every" or config.batch.accumulation(world.size) == 1
         self.mesh = _mesh(config, world)
         with torch.device("meta"):
             model = Decoder(config.model)
@@ -69,22 +74,26 @@ class FsdpEngine:
     ) -> StepStats:
         valid = count_valid(self.world, micro_batches)
         nats = torch.zeros((), device=self.world.device)
-        for batch in micro_batches:
+        for index, batch in enumerate(micro_batches, start=1):
+            self._reduce(last=index == len(micro_batches))
             batch = batch.to(self.world.device)
-            loss = self.model(batch.tokens, batch.targets, batch.document_ids)
+            with self.phase("forward"):
+                loss = self.model(batch.tokens, batch.targets, batch.document_ids)
             # FSDP2 averages gradients over the ranks, so the sum over them needs this factor.
-            (loss * (self.world.size / valid)).backward()
+            with self.phase("backward"):
+                (loss * (self.world.size / valid)).backward()
             nats += loss.detach()
-        parameters = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if self.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.rate.write(self.optimizer, lr_multiplier, decay_multiplier)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.phase("optimizer"):
+            parameters = list(self.model.parameters())
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            if self.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.updates += 1
-        return StepStats(self.world.sum(nats) / valid, norm, *self.rate.read(self.optimizer))
+        return StepStats(summed(self.world, nats) / valid, norm, *self.rate.read(self.optimizer))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -127,10 +136,27 @@ class FsdpEngine:
     def describe(self) -> str:
         shards = self.mesh.size(-1)
         copies = self.mesh.size(0) if self.mesh.ndim == 2 else 1
+        kept = (
+            "" if self.reduces_every else f", whole fp32 gradients between micro-batches: {self._whole_gib():.2f} GiB"
+        )
         return (
             f"FSDP2 over {self.world.size} ranks ({copies} x {shards} shards), {self.precision} compute, "
-            "fp32 masters, moments, accumulation and reduction"
+            f"fp32 masters, moments, accumulation and reduction{kept}"
         )
+
+    def _whole_gib(self) -> float:
+        """What `accumulation_sync: last` keeps on a rank: the gradients of all parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters()) * 4 / 2**30
+
+    def _reduce(self, last: bool) -> None:
+        """What the next backward pass does with its gradients: reduce them, or keep them until the last one does.
+
+        Copies of shards (HSDP) always wait for the last: until then only shards are reduced, which costs no memory.
+        """
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last or self.reduces_every)
+        if self.mesh.ndim == 2:
+            self.model.set_requires_all_reduce(last)
 
 
 def _mesh(config: Config, world: World) -> DeviceMesh:

@@ -19,6 +19,7 @@ from llmtrain.engines.base import (
     WEIGHT,
     FlatState,
     LearningRate,
+    Phase,
     Slice,
     StateSource,
     StepStats,
@@ -28,6 +29,7 @@ from llmtrain.engines.base import (
     prepare_blocks,
     score,
     start_moments,
+    unmarked,
 )
 from llmtrain.errors import ConfigError
 from llmtrain.model.decoder import Decoder
@@ -36,13 +38,14 @@ from llmtrain.model.decoder import Decoder
 class SingleEngine:
     """The whole model on one device."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, phase: Phase = unmarked) -> None:
         if world.size != 1:
             raise ConfigError(
                 f'engine.kind "single" runs on one rank, but there are {world.size}: '
                 "use --set engine.kind=fsdp or --set engine.kind=deepspeed"
             )
         self.world = world
+        self.phase = phase
         self.clip = config.optim.clip
         self.rate = LearningRate.of(config)
         with torch.device("meta"):
@@ -66,18 +69,21 @@ class SingleEngine:
         nats = torch.zeros((), device=self.world.device)
         for batch in micro_batches:
             batch = batch.to(self.world.device)
-            loss = self.model(batch.tokens, batch.targets, batch.document_ids)
-            (loss / valid).backward()
+            with self.phase("forward"):
+                loss = self.model(batch.tokens, batch.targets, batch.document_ids)
+            with self.phase("backward"):
+                (loss / valid).backward()
             nats += loss.detach()
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.clip, norm)
         self.rate.write(self.optimizer, lr_multiplier, decay_multiplier)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.phase("optimizer"):
+            gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.clip, norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._publish()
         self.updates += 1
-        self._publish()
         return StepStats(nats / valid, norm, *self.rate.read(self.optimizer))
 
     def evaluating(self) -> AbstractContextManager[None]:

@@ -69,8 +69,8 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
-    With `recompute` set, the backward pass computes the block's activations again instead of keeping them. That happens
-    inside `forward`, so hooks on the block stay outside and parameter names stay as they are.
+    With `recompute` set, the backward pass computes the block's activations again instead of keeping them. That, like
+    compilation, happens inside `forward`: hooks on the block stay outside and parameter names stay as they are.
     """
 
     def __init__(self, config: ModelConfig, rotary: Rotary) -> None:
@@ -80,6 +80,10 @@ class Block(nn.Module):
         self.attention = Attention(config, rotary)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = FeedForward(config)
+
+    def compile_body(self) -> None:
+        """Compile what `forward` computes, for each shape apart, so that no shape's kernels depend on earlier ones."""
+        self._body = torch.compile(self._body, dynamic=False)  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():

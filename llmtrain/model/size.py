@@ -27,3 +27,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_size * seq_len
     return 6 * matmul_parameters(config) + attention
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """FLOPs of the forward pass of all blocks for one token: what recomputing every block adds."""
+    head = config.vocab_size * config.hidden_size
+    attention = 4 * config.num_layers * config.num_heads * config.head_size * seq_len
+    return 2 * (matmul_parameters(config) - head) + attention

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmtrain.data.manifest import Baseline, load_manifest
 from llmtrain.errors import ConfigError, DataError, did_you_mean
+from llmtrain.model.size import parameter_count
 from llmtrain.study.readings import (
     AREA_TOLERANCE,
     Entry,
@@ -22,11 +23,13 @@ from llmtrain.study.readings import (
     fit_peaks,
     some,
 )
-from llmtrain.study.record import RunRecord, differs_in_setting, read_record, run_folders
+from llmtrain.study.record import RunRecord, differs_in_setting, read_record, read_study_file, run_folders
 from llmtrain.study.statistics import PeakFit
+from llmtrain.train.metrics import METRICS_FILE
 
 MARGIN = 0.005  # of perplexity: a difference that is none for practical purposes
 _RATE_TOLERANCE = 1e-6  # of the peak
+_SHORT = 20  # tokens a parameter: Hoffmann 2022, arXiv:2203.15556
 MUST_AGREE = {
     "tokens": ("tokens seen", "compare runs of one length; branch a cooldown off the longer one to shorten it"),
     "data_hash": ("data", "train again from one prepared folder, data.path"),
@@ -63,15 +66,17 @@ def compare(
 ) -> Comparison:
     """Read runs, or folders of runs, and compare their schedules with `baseline`: a cell, a schedule or a run.
 
-    Without one it is the schedule of the first run. `margin`: what share of perplexity counts as no difference.
-    Raises DataError and ConfigError.
+    Without one it is that of the study, or the schedule of the first run. `margin`: what share of perplexity counts as
+    no difference. Raises DataError and ConfigError.
     """
     records, warnings = _read(run_folders(paths))
+    warnings += _not_begun(paths)
     ended = [run for run in records if not run.unfinished]
     runs, set_aside = (ended, [run for run in records if run.unfinished]) if ended else (records, [])
     mismatches = _mismatches(runs)
     labels = _labels(records)
     cell_of = {run.folder: labels[run.key] for run in records}
+    baseline = baseline or _baseline_of_study(paths, records)
     against = _baseline_cell(baseline, records, cell_of) if baseline else cell_of[runs[0].folder]
     if mismatches:
         return Comparison(
@@ -117,6 +122,23 @@ def _read(folders: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
         replace(run, name=f"{run.folder.parent.name}/{run.name}") if run.name in doubled else run for run in records
     ]
     return records, [f"left out: {error}" for error in missing]
+
+
+def _not_begun(paths: Sequence[Path]) -> list[str]:
+    """What a study asks for and nobody has trained yet."""
+    found = []
+    for path in paths:
+        study = read_study_file(path)
+        waiting = [name for name in study.runs if not (path / name / METRICS_FILE).is_file()] if study else []
+        if study is not None and waiting:
+            found.append(f"not begun, of the study {study.name}: {some(waiting)}")
+    return found
+
+
+def _baseline_of_study(paths: Sequence[Path], records: Sequence[RunRecord]) -> str | None:
+    """A run of the baseline that a study names, where that study alone is compared."""
+    study = read_study_file(paths[0]) if len(paths) == 1 else None
+    return next((run.name for run in records if study is not None and run.name in study.baseline), None)
 
 
 def _mismatches(runs: Sequence[RunRecord]) -> list[str]:
@@ -211,11 +233,20 @@ def _doubts(runs: Sequence[RunRecord], entries: Sequence[Entry], cell_of: dict[P
         found.append(f"the runs differ in more than their schedule: {', '.join(changed)}")
     areas = {entry.area for entry in entries if entry.area > 0}
     if areas and max(areas) > (1 + AREA_TOLERANCE) * min(areas) and len({entry.cell for entry in entries}) > 1:
-        found.append(
-            f"the areas under the learning rates lie between {min(areas):.4g} and {max(areas):.4g}: in short runs the "
-            "area alone can decide"
-        )
+        found.append(_area_decides(runs[0], min(areas), max(areas)))
     return found
+
+
+def _area_decides(run: RunRecord, least: float, most: float) -> str:
+    """What areas that differ mean for runs of this length."""
+    said = f"the areas under the learning rates lie between {least:.4g} and {most:.4g}"
+    density = run.final["tokens"] / parameter_count(run.config.model)
+    if density >= _SHORT:
+        return f"{said}: part of what schedules differ in may be that alone"
+    return (
+        f"{said}, and runs of {density:.2g} tokens a parameter are short: there the area decides nearly alone, and "
+        "what schedules differ in says nothing about long runs"
+    )
 
 
 def _edges(fits: dict[str, PeakFit]) -> list[str]:

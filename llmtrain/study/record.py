@@ -21,7 +21,18 @@ from llmtrain.schedules.exact import FloatArray, IntArray
 from llmtrain.study.statistics import spikes
 from llmtrain.train.metrics import DOCUMENTS_FILE, METRICS_FILE, read_metrics
 
+STUDY_FILE = "study.json"  # in the folder of a study, written by `llmtrain sweep`
+
 _SETTING = ("optim", "batch", "seq_len", "precision", "document_mask")
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """The runs of a study, by the names of their folders."""
+
+    name: str
+    baseline: list[str]  # those that the others are compared with
+    runs: list[str]
 
 
 @dataclass(frozen=True)
@@ -95,13 +106,18 @@ class RunRecord:
 
 
 def run_folders(paths: Sequence[Path]) -> list[Path]:
-    """The run folders named, and those in the folders named. Raises DataError where there is none in one."""
+    """The run folders named, and those in the folders named: of a study its own, in its order.
+
+    Raises DataError where there is none in one.
+    """
     found: list[Path] = []
     for path in paths:
         if (path / METRICS_FILE).is_file():
             found.append(path)
             continue
-        inside = sorted(file.parent for file in path.glob(f"*/{METRICS_FILE}"))
+        study = read_study_file(path)
+        names = sorted(file.parent.name for file in path.glob(f"*/{METRICS_FILE}")) if study is None else study.runs
+        inside = [path / name for name in names if (path / name / METRICS_FILE).is_file()]
         if not inside:
             raise DataError(
                 f"{path} is not a run folder, it has no {METRICS_FILE}, and holds none: name run folders, or a folder "
@@ -109,6 +125,18 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
             )
         found += inside
     return list(dict.fromkeys(found))
+
+
+def read_study_file(folder: Path) -> StudyRuns | None:
+    """The runs of the study that a folder holds; None where it holds none. Raises DataError where that is damaged."""
+    path = folder / STUDY_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        return StudyRuns(values["name"], list(values["baseline"]), list(values["runs"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; `llmtrain sweep` writes it anew") from None
 
 
 def read_record(folder: Path) -> RunRecord:

@@ -28,13 +28,16 @@ class Table(NamedTuple):
     left: int
 
 
-def runs_table(comparison: Comparison) -> Table:
-    """One row a run, the best first; columns in which all runs agree are left out where they say little."""
+def runs_table(comparison: Comparison, *, speeds: bool = False) -> Table:
+    """One row a run, the best first; columns in which all runs agree are left out where they say little.
+
+    Written reports have no `speeds`: the same runs give the same bytes, however often they were interrupted.
+    """
     runs = [*comparison.runs, *comparison.set_aside]
     seeds, peaks = len({run.seed for run in runs}) > 1, len({run.peak for run in runs}) > 1
     target = comparison.target
     head = ["run", "schedule", *(["seed"] if seeds else []), *(["peak"] if peaks else [])]
-    head += ["tokens", "val loss", "perplexity", "nats/byte", "tokens/s"]
+    head += ["tokens", "val loss", "perplexity", "nats/byte", *(["tokens/s"] if speeds else [])]
     head += [f"updates to {target:g}", f"tokens to {target:g}"] if target is not None else []
     rows = []
     for run in runs:
@@ -44,7 +47,7 @@ def runs_table(comparison: Comparison) -> Table:
         speed = "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}"
         final = run.final
         row += [f"{final['tokens']:,}", f"{run.loss:.4f}", f"{final['perplexity']:.2f}"]
-        row += [f"{final['nats_per_byte']:.4f}", speed]
+        row += [f"{final['nats_per_byte']:.4f}", *([speed] if speeds else [])]
         row += _reached(run, target) if target is not None else []
         rows.append(row)
     for name, one in comparison.baselines.items():

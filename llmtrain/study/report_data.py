@@ -19,14 +19,14 @@ CSV_COLUMNS = (
 )
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """What `--json` prints."""
+def as_json(comparison: Comparison, *, speeds: bool = False) -> dict[str, Any]:
+    """Everything that is reported. With `speeds`, what the clock had a part in too."""
     return {
         "ranked": not comparison.mismatches,
         "mismatches": comparison.mismatches,
         "baseline": comparison.baseline,
         "margin": comparison.margin,
-        "runs": [_run_json(comparison, run) for run in (*comparison.runs, *comparison.set_aside)],
+        "runs": [_run_json(comparison, run, speeds) for run in (*comparison.runs, *comparison.set_aside)],
         "baselines": {name: one.model_dump() for name, one in comparison.baselines.items()},
         "schedules": [
             {
@@ -81,7 +81,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
                 )
 
 
-def _run_json(comparison: Comparison, run: RunRecord) -> dict[str, Any]:
+def _run_json(comparison: Comparison, run: RunRecord, speeds: bool) -> dict[str, Any]:
     final = run.final
     row = None if comparison.target is None else run.reached(comparison.target)
     return {
@@ -98,7 +98,7 @@ def _run_json(comparison: Comparison, run: RunRecord) -> dict[str, Any]:
         "perplexity": _finite(final["perplexity"]),
         "nats_per_byte": _finite(final["nats_per_byte"]),
         "decayed": final["decayed"],
-        "tokens_per_s": run.tokens_per_s,
+        **({"tokens_per_s": run.tokens_per_s} if speeds else {}),
         "spikes": run.spikes,
         "rate_error": run.rate_error,
         "finished": not run.unfinished,

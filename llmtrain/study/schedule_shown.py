@@ -96,6 +96,15 @@ def look_at(
     return shown
 
 
+def section_of(item: str, run: Config) -> dict[str, Any]:
+    """The `schedule` section that a name such as `wsd:decay=10%` stands for beside the config of a run."""
+    one = _from_name(item, run)
+    _load_modules(one, [])
+    for text in one.own:
+        apply_override(one.values, text)
+    return one.values
+
+
 def facts(shown: Shown) -> dict[str, Any]:
     """What `--json` prints of one schedule; `lr` is the learning rate of update 1, 2 and so on."""
     summary = asdict(shown.summary)

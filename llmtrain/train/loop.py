@@ -5,10 +5,8 @@ training is depends on k alone: the learning rate, the samples of the batch, whe
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint.saver import Saver
@@ -18,12 +16,13 @@ from llmtrain.engines.base import Engine, StepStats
 from llmtrain.errors import CheckpointError, DivergenceError
 from llmtrain.schedules import Schedule
 from llmtrain.train import rng
+from llmtrain.train.average import judge
+from llmtrain.train.late import Late
 from llmtrain.train.lock import RunLock
-from llmtrain.train.metrics import DOCUMENTS_FILE, MetricsLog
+from llmtrain.train.metrics import MetricsLog
 from llmtrain.train.progress import TrainingProgress
 from llmtrain.train.stop import StopRequest
 from llmtrain.train.throughput import memory_gib
-from llmtrain.train.validation import evaluate
 from llmtrain.units import Length
 
 
@@ -52,20 +51,22 @@ class Trainer:
         """Make updates first..last. Returns why it stopped before `last`, or '' when it did not."""
         if validate_first:
             self.validate(first - 1)
-        before = time.perf_counter()
+        late = Late(self.engine.world.device, self.record)
         for k, micro_batches in enumerate(self.batches.iterate(first, last), start=first):
             stats = self.engine.train_step(micro_batches, self.schedule(k), self.decay(k))
-            self.record(k, stats, time.perf_counter() - before)
+            late.made(k, stats)
             if k == last or self.due(self.config.validation.every, k):
+                late.flush()
                 self.validate(k)
             reason = self.stop.agreed(self.engine.world)
             must = k == last or bool(reason)
             permanent = k == last or self.due(self.config.checkpoint.every, k)
             if must or permanent or self.due(self.config.checkpoint.ephemeral, k):
+                late.flush()
                 self.save(k, must=must, ephemeral=not permanent)
             if must:
                 return "" if k == last else reason
-            before = time.perf_counter()
+            late.start()
         return ""
 
     def due(self, every: Length | None, k: int) -> bool:
@@ -108,16 +109,14 @@ class Trainer:
 
     def validate(self, k: int) -> None:
         """Score every held-out set after update k."""
-        micro = self.config.validation.micro or self.config.batch.micro
-        for held_out in self.held_out:
-            keep = Path(self.config.run.dir) / DOCUMENTS_FILE if held_out.name == "validation" else None
+        for scores in judge(self.engine, self.config, self.held_out):
             row = {
                 "kind": "validation",
                 "step": k,
                 "tokens": self.tokens(k),
                 "lr": self.schedule.lr(k),
                 "decayed": self.schedule.decayed(k),
-                **evaluate(self.engine, held_out, micro, keep),
+                **scores,
                 **self.facts["compare"],
                 "attempt": self.attempt,
             }

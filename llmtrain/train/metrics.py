@@ -17,6 +17,7 @@ from typing import Any
 from llmtrain.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
+SUPERSEDED_FILE = "metrics.superseded.jsonl"
 DOCUMENTS_FILE = "validation_documents.npy"  # of the last validation: (D, 2) float64, summed nats and tokens
 
 
@@ -25,7 +26,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS_FILE
-        self.superseded = run_dir / "metrics.superseded.jsonl"
+        self.superseded = run_dir / SUPERSEDED_FILE
         self._waiting: list[str] = []  # rows that a full disk has not taken yet
         self._writing = threading.Lock()  # a save in the background writes them too
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{run_dir} is not a run folder: it has no {METRICS_FILE}")
     return _rows(path)
+
+
+def read_superseded(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows that resumes set aside, because their updates were made again; none where there are none."""
+    path = run_dir / SUPERSEDED_FILE
+    return _rows(path) if path.is_file() else []
 
 
 def perplexity(nats: float) -> float:

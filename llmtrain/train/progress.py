@@ -52,9 +52,10 @@ class TrainingProgress:
 
     def validation(self, row: dict[str, Any]) -> None:
         """Show one validation's metrics row."""
+        averaged = f"  (EMA: loss {row['ema_loss']:.4f})" if "ema_loss" in row else ""
         self.say(
             f"step {row['step']}/{self.last}  {row['set']}: loss {row['loss']:.4f}  "
-            f"perplexity {row['perplexity']:.2f}  nats/byte {row['nats_per_byte']:.4f}"
+            f"perplexity {row['perplexity']:.2f}  nats/byte {row['nats_per_byte']:.4f}{averaged}"
         )
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -18,24 +19,25 @@ from llmtrain.config_file import to_yaml
 from llmtrain.data.batches import TrainBatches, ValidationSet
 from llmtrain.data.dataset import PreparedData, open_data
 from llmtrain.data.order import Order
-from llmtrain.distributed import World, find_place, open_world
-from llmtrain.engines import build_engine
+from llmtrain.distributed import World, find_place, node_name, open_world, set_timeouts
 from llmtrain.engines.base import Engine
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.model.size import flops_per_token, parameter_count
+from llmtrain.planner.plan import misfit
 from llmtrain.schedules import Schedule, plan
-from llmtrain.train import rng
+from llmtrain.train import average, rng
+from llmtrain.train.attempts import note
 from llmtrain.train.join import ScheduleChange, Segments, clock, last_update
 from llmtrain.train.lock import RunLock, hold_run
 from llmtrain.train.loop import Trainer
 from llmtrain.train.metrics import MetricsLog
+from llmtrain.train.preflight import measure, require_alike
 from llmtrain.train.progress import TrainingProgress
 from llmtrain.train.start import Start, begin
 from llmtrain.train.stop import StopRequest
 from llmtrain.train.throughput import peak_flops
 from llmtrain.train.wandb_mirror import WandbMirror
-
-SAVE_TIMEOUT_S = 24 * 3600  # between ranks that save: one may upload for long; a dead rank is noticed in training
+from llmtrain.train.watchdog import Watchdog, group_timeout_s
 
 
 def train(
@@ -44,14 +46,15 @@ def train(
     prepare_command: str,
     resume: str = "auto",
     change: ScheduleChange | None = None,
-    build: Callable[[Config, World], Engine] = build_engine,
+    build: Callable[[Config, World], Engine] = average.build,
+    stop: StopRequest | None = None,
 ) -> None:
     """Train `config` to its last update, or until told to stop. Everything a user can get wrong is checked first.
 
     `prepare_command` is what to run when the data is missing. With `change` a checkpoint may be gone on from on another
-    schedule than it was trained on. `build` makes the engine. Raises LlmtrainError.
+    schedule than it was trained on. `build` makes the engine. `stop` may have been told already. Raises LlmtrainError.
     """
-    stop = StopRequest(Path(config.run.dir), config.run.max_minutes)
+    stop = stop or StopRequest(Path(config.run.dir), config.run.max_minutes)
     schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
     decay_multiplier(config, [[0, 0, config.batch.sequences]])
     data = open_data(config.data.path, prepare_command)
@@ -59,15 +62,26 @@ def train(
     check_data(config, data)
     place = find_place(os.environ)
     config.batch.accumulation(place.size)
-    with open_world(config.engine.timeout_s, collectives=config.engine.kind != "single") as world:
-        world.require_same("the resolved config", to_yaml(config))
-        world.require_same("the data", data.manifest.content_hash)
-        world.require_same("the version of llmtrain or torch", f"{llmtrain.__version__} {torch.__version__}")
-        with hold_run(Path(config.run.dir), world) as lock:
+    collectives = config.engine.kind != "single"
+    with open_world(
+        group_timeout_s(config),
+        collectives=collectives,
+        meet_timeout_s=config.engine.meet_timeout_s,
+        folder=Path(config.run.dir),
+    ) as world:
+        _tell(world, require_alike(config, data, held_out, world))
+        with hold_run(Path(config.run.dir), world) as lock, Watchdog(config, world) as watchdog:
             torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
+            watchdog.at("preflight")
+            _tell(world, measure(world))
+            _tell(world, _too_large(config, world))
+            watchdog.at("start")
             engine = build(config, world)
-            _train(config, engine, schedule, data, held_out, stop, lock, resume, change)
-        world.barrier()
+            set_timeouts(group_timeout_s(config))
+            watchdog.follow(engine, {"train_step": "update", "nats": "validate"})
+            _train(config, engine, schedule, data, held_out, stop, lock, watchdog, resume, change)
+            watchdog.at("end")
+            world.barrier()
 
 
 def _train(
@@ -78,6 +92,7 @@ def _train(
     held_out: list[ValidationSet],
     stop: StopRequest,
     lock: RunLock,
+    watchdog: Watchdog,
     resume: str,
     change: ScheduleChange | None,
 ) -> None:
@@ -89,10 +104,15 @@ def _train(
     store.require_room(engine.state())
     last = last_update(config, start.schedule, start.since)
     log, mirror, attempt, lost = _open_records(config, world, start)
+    hosts = sorted(set(world.gather_text(node_name())))
+    if world.first:
+        note(run_dir, "started", attempt=attempt, update=start.update, ranks=world.size, hosts=hosts)
     progress = TrainingProgress(
         shown=world.first, first_update=start.update, last_update=last, every=config.logging.every
     )
     saver = Saver(store, engine.state(), progress.say, background=config.checkpoint.async_save)
+    watchdog.update = start.update
+    watchdog.follow(saver, {"save": "save", "finish": "save"})
     peak = peak_flops(world.device, config.engine.precision)
     trainer = Trainer(
         config=config,
@@ -122,8 +142,28 @@ def _train(
             trainer.validate(last)
         if world.first:
             stop.clear()
+    update = engine.state().update
+    if world.first:
+        save_s = None if stop.asked_at is None else round(time.monotonic() - stop.asked_at, 3)
+        outcome = {"attempt": attempt, "outcome": "stopped" if reason else "finished", "reason": reason}
+        note(run_dir, "ended", **outcome, update=update, slowest_s=round(stop.slowest_s, 3), save_s=save_s)
     how = f"STOPPED ({reason}): the same command goes on from here" if reason else f"FINISHED run={config.run.name}"
     progress.say(f"{how}  {run_dir}")
+
+
+def _tell(world: World, lines: list[str]) -> None:
+    """Print what the pre-flight found, on the first rank."""
+    if world.first:
+        for line in lines:
+            print(f"pre-flight: {line}", flush=True)
+
+
+def _too_large(config: Config, world: World) -> list[str]:
+    """A warning where a GPU cannot hold the run, as `llmtrain plan` counts it."""
+    if world.device.type != "cuda":
+        return []
+    said = misfit(config, world.size, torch.cuda.get_device_properties(world.device).total_memory)
+    return [] if said is None else [said]
 
 
 def decay_multiplier(config: Config, segments: Segments) -> Callable[[int], float]:
@@ -184,6 +224,7 @@ def banner(config: Config, start: Start, last: int, engine: str, lost: str = "")
     lines += [
         *start.said,
         *([lost] if lost else []),
+        *average.left_behind(config, start.found),
         engine,
         f"{parameter_count(config.model):,} parameters, {config.batch.sequences} sequences or "
         f"{config.batch.tokens:,} tokens an update, {last} updates, schedule {start.schedule.hash}",
@@ -233,7 +274,7 @@ def _store(config: Config, world: World) -> CheckpointStore:
     every = config.checkpoint.keep_every
     return CheckpointStore(
         config.checkpoint_url,
-        world.apart(max(config.engine.timeout_s, SAVE_TIMEOUT_S)),
+        world.apart(config.checkpoint.timeout_s),
         config.checkpoint.keep,
         keep_every=None if every is None else config.updates(every),
         staging=Path(config.run.dir) / "staging",

@@ -1,35 +1,46 @@
 """When must a run end before its last update?
 
-On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, when a file `stop` appears in the run folder, or when the wall-clock budget is
-used up. Here that only raises a flag; the ranks agree on it between updates, save at the same update, and end.
+On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, when a file `stop` appears in the run folder, when the wall-clock budget is used
+up, or when the time limit of the job is near. Here that only raises a flag; the ranks agree on it between updates, save
+at the same update, and end. No torch here: the door listens before it loads torch, which takes long.
 """
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from llmtrain.distributed import World
+if TYPE_CHECKING:
+    from llmtrain.distributed import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # what a scheduler announces the end with
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *USER_SIGNALS)
 
 
 class StopRequest:
     """Collects reasons to stop on this rank, and asks the others for theirs."""
 
-    def __init__(self, run_dir: Path, max_minutes: float | None, started: float | None = None) -> None:
-        """`started`: when the job began, by time.monotonic(); now where it is not given."""
+    def __init__(
+        self, run_dir: Path, max_minutes: float | None, started: float | None = None, job_left_s: float | None = None
+    ) -> None:
+        """`started`: when the job began, by time.monotonic(); now where it is not given. `job_left_s`: seconds from now
+        until the job must begin to save for the sake of its time limit."""
         self.file = run_dir / "stop"
-        started = time.monotonic() if started is None else started
+        now = time.monotonic()
+        started = now if started is None else started
         self.deadline = None if max_minutes is None else started + 60 * max_minutes
+        self.job_deadline = None if job_left_s is None else now + job_left_s
         self.reason = ""
+        self.asked_at: float | None = None  # the last update's end
+        self.slowest_s = 0.0  # from one update's end to the next
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
         """Handle the signals inside the block. A second one changes nothing: the save must not be cut short."""
-        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        before = {number: signal.signal(number, self._heard) for number in numbers}
         try:
             yield
         finally:
@@ -37,13 +48,19 @@ class StopRequest:
                 # None stands for a handler that Python cannot put back: one set by a library in C.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def agreed(self, world: World) -> str:
+    def agreed(self, world: "World") -> str:
         """The reason to stop after this update, the same on every rank; empty to go on."""
+        now = time.monotonic()
+        if self.asked_at is not None:
+            self.slowest_s = max(self.slowest_s, now - self.asked_at)
+        self.asked_at = now
         if not self.reason and world.first:
             if self.file.exists():
                 self.reason = f"the file {self.file} exists"
-            elif self.deadline is not None and time.monotonic() > self.deadline:
+            elif self.deadline is not None and now > self.deadline:
                 self.reason = "run.max_minutes is used up"
+            elif self.job_deadline is not None and now > self.job_deadline:
+                self.reason = "the job's time limit is near"
         if not world.any(bool(self.reason)):
             return ""
         return next(reason for reason in world.gather_text(self.reason) if reason)

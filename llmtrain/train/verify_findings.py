@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain.checkpoint.files import PIECE
-from llmtrain.checkpoint.flat import FlatReader
+from llmtrain.checkpoint.flat import EMA, FlatReader
 from llmtrain.checkpoint.places import Place
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from llmtrain.train.rng import METADATA_KEY
 from llmtrain.train.verify_leg import STATE_FOLDER, UPDATES_FILE
 
-KINDS = {"weights": (WEIGHT,), "moments": (EXP_AVG, EXP_AVG_SQ)}
+KINDS = {"weights": (WEIGHT, EMA), "moments": (EXP_AVG, EXP_AVG_SQ)}
 RATES = {"learning rate": "lr", "weight decay": "weight_decay"}
 SUMS = {"loss": "loss", "gradient norm": "grad_norm"}
 

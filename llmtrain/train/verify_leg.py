@@ -26,10 +26,9 @@ from llmtrain.config import Config
 from llmtrain.config_file import load_config
 from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
-from llmtrain.engines import build_engine
 from llmtrain.engines.base import Engine, FlatState, StateSource, StepStats
 from llmtrain.errors import LlmtrainError
-from llmtrain.train import rng
+from llmtrain.train import average, rng
 from llmtrain.train.run import train
 
 UPDATES_FILE = "updates_{:05d}.jsonl"
@@ -117,7 +116,7 @@ def main(words: Sequence[str]) -> None:
     path, out, resume, around = words
 
     def recorded(config: Config, world: World) -> Engine:
-        return Recorder(build_engine(config, world), Path(out), {int(update) for update in around.split(",")})
+        return Recorder(average.build(config, world), Path(out), {int(update) for update in around.split(",")})
 
     try:
         train(load_config(path), prepare_command=f"llmtrain prepare --config {path}", resume=resume, build=recorded)

@@ -1,0 +1,97 @@
+"""What does one micro-batch keep for its backward pass, and what does it need for a moment?
+
+As `llmtrain/model/` computes on a GPU: fused norms keep their input, fused attention keeps q, k, v, its output and a
+sum a head, SwiGLU keeps four feed-forward tensors, a recomputed block only its input. The head's logits exist for one
+chunk of tokens. Compiled blocks keep less, so there this is an upper bound.
+
+Letters: n tokens, D hidden size, F feed-forward size, V vocabulary, c bytes of the compute type, r of the residual.
+"""
+
+import math
+from dataclasses import dataclass
+
+from llmtrain.config import Config
+from llmtrain.planner.state import FP32, Bytes, compute_bytes
+
+CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**21}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Bytes by kind at the end of the forward pass, in the head, and while the last block is gone back through."""
+
+    forward: Bytes
+    backward: Bytes
+
+
+def micro_batch(config: Config, device: str = "cuda") -> MicroBatch:
+    """What the micro-batch of `config` needs on one rank."""
+    model, n = config.model, config.batch.micro * config.batch.seq_len
+    c = compute_bytes(config)
+    r = FP32 if _autocasts(config) else c
+    D, F, V = model.hidden_size, model.ffn_size, model.vocab_size
+    recomputed = recomputed_blocks(config)
+    block = block_bytes(config)
+    kept = recomputed * r * n * D + (model.num_layers - recomputed) * block + _mask_bytes(config, shared=True)
+    inputs = 2 * 8 * n
+    widened = FP32 if device == "cpu" and not _autocasts(config) else compute_bytes(config)  # a CPU multiplies in fp32
+    chunk = chunk_tokens(n, V, device)
+    rope = 2 * FP32 * model.max_seq_len * model.head_size
+    going_back = c * n * (2 * F + D) + (block if recomputed else 0) + c * D * F
+    return MicroBatch(
+        forward={
+            "activations": kept + inputs + n * ((r + 2 * c) * D + FP32),
+            "logits": logits_bytes(n, chunk, V, widened),
+            "workspace": rope + 2 * FP32 * V * D,
+        },
+        backward={"activations": kept + inputs, "workspace": rope + going_back},
+    )
+
+
+def block_bytes(config: Config) -> int:
+    """What one block keeps where nothing is recomputed."""
+    model, n = config.model, config.batch.micro * config.batch.seq_len
+    c = compute_bytes(config)
+    D, F = model.hidden_size, model.ffn_size
+    kv = model.num_kv_heads * model.head_size
+    if config.data.document_mask:
+        kv = D  # no fused kernel takes a mask and grouped heads: keys and values are repeated
+    residual = 2 * D * (FP32 if _autocasts(config) else c)
+    normed = (5 if _autocasts(config) else 2) * D * c  # autocast rounds a norm's output for each projection
+    sums = FP32 * (model.num_heads + 2)
+    return n * (residual + normed + c * (2 * D + 2 * kv + 4 * F) + sums) + _mask_bytes(config, shared=False)
+
+
+def recomputed_blocks(config: Config) -> int:
+    """How many blocks the backward pass computes again."""
+    choice = config.engine.activation_checkpointing
+    every = {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
+    return math.ceil(config.model.num_layers / every) if every else 0
+
+
+def logits_bytes(tokens: int, chunk: int, vocab_size: int, operand: int) -> int:
+    """Everything of the shape of a chunk's logits that is there at once.
+
+    Logits and their log-softmax in fp32; from the second chunk on also the last one's, and its rounded copy.
+    """
+    before = 0 if chunk >= tokens else FP32 + (operand if operand < FP32 else 0)
+    return chunk * vocab_size * (2 * FP32 + before)
+
+
+def chunk_tokens(tokens: int, vocab_size: int, device: str) -> int:
+    """How many tokens' logits the head holds at once, as `llmtrain.model.loss.chunk_tokens`, which needs torch."""
+    most = max(1, CHUNK_ELEMENTS[device] // vocab_size)
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
+
+
+def _autocasts(config: Config) -> bool:
+    engine = config.engine
+    return engine.kind == "deepspeed" and engine.zero_stage == 0 and engine.precision == "bf16"
+
+
+def _mask_bytes(config: Config, shared: bool) -> int:
+    """The document mask, made once, and the copy of it in compute type that each block's attention keeps."""
+    if not config.data.document_mask:
+        return 0
+    return config.batch.micro * config.batch.seq_len**2 * (1 if shared else compute_bytes(config))

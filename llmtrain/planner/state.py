@@ -1,0 +1,271 @@
+"""What does each engine hold of the weights, gradients and moments on one rank, and when?
+
+Bytes by kind, on the device of the rank that holds most, at five moments of an update after the first: `always`, and
+beside that at the end of the `forward` pass, at the start of the `backward` pass, when its end has `reduce`d the
+gradients, and in the `update`. Where gradients are accumulated, those of earlier micro-batches are there in `forward`.
+
+Read off `llmtrain/engines/` and, for ZeRO, DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
+`runtime/bf16_optimizer.py`); FSDP2 as of torch 2.13 (`distributed/fsdp/_fully_shard`). `tests/test_plan.py` compares
+with every live tensor of real engines.
+
+Letters: P parameters, R ranks, S ranks that share one copy, c bytes of the compute type, B elements of a bucket.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmtrain.config import Config
+from llmtrain.model.initial import parameter_shapes
+
+FP32 = 4
+KINDS = ("weights", "masters", "moments", "gradients", "communication", "average", "activations", "logits", "workspace")
+ALLREDUCE_ELEMENTS = 500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, not an option
+
+Bytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Bytes by kind. What a moment names comes on top of `always`; `host` is in the node's memory, for one rank."""
+
+    always: Bytes
+    forward: Bytes = field(default_factory=dict)
+    backward: Bytes = field(default_factory=dict)
+    reduce: Bytes = field(default_factory=dict)
+    update: Bytes = field(default_factory=dict)
+    host: Bytes = field(default_factory=dict)
+
+
+def holdings(config: Config, ranks: int) -> Holdings:
+    """What the engine of `config` holds on one of `ranks` ranks."""
+    accumulates = config.batch.accumulation(ranks) > 1
+    if config.engine.kind == "single":
+        return _single(config, accumulates)
+    if config.engine.kind == "fsdp":
+        return _fsdp(config, ranks, accumulates)
+    if config.engine.zero_stage == 0:
+        return _zero0(config, accumulates)
+    if config.engine.zero_stage == 3:
+        return _zero3(config, ranks)
+    if config.engine.zero_stage == 1 and config.engine.precision == "bf16" and not config.engine.offload.optimizer:
+        return _zero1_bf16(config, ranks, accumulates)
+    return _zero12(config, ranks, accumulates)
+
+
+def compute_bytes(config: Config) -> int:
+    """c: bytes of an element in the type that computes."""
+    return 2 if config.engine.precision == "bf16" else FP32
+
+
+def sizes(config: Config) -> dict[str, int]:
+    """Elements of every parameter."""
+    return {name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}
+
+
+def _single(config: Config, accumulates: bool) -> Holdings:
+    P, c = sum(sizes(config).values()), compute_bytes(config)
+    gradients = {"gradients": FP32 * P}
+    return Holdings(
+        always={"weights": c * P, "masters": FP32 * P if c < FP32 else 0, "moments": 2 * FP32 * P},
+        forward=gradients if accumulates else {},
+        backward=gradients if accumulates else {},
+        reduce=gradients,
+        update=gradients,
+    )
+
+
+def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
+    """fp32 shards of every parameter along its first dimension; blocks and the rest are gathered in compute type."""
+    S = config.engine.shard_ranks or ranks
+    c = compute_bytes(config)
+    shards = {
+        name: math.ceil(shape[0] / S) * math.prod(shape[1:]) for name, shape in parameter_shapes(config.model).items()
+    }
+    shard = sum(shards.values())
+    block = S * sum(size for name, size in shards.items() if name.startswith("blocks.0."))
+    blocks = block * config.model.num_layers
+    root = S * shard - blocks
+    kept = 2 * block if config.engine.reshard_after_forward else blocks  # computed with, and fetched ahead
+    gathering = c * block if S > 1 else 0
+    reducing = FP32 * block + FP32 * block // S
+    gradients = {"gradients": FP32 * shard}
+    head = c * config.model.vocab_size * config.model.hidden_size
+    return Holdings(
+        always={"weights": FP32 * shard, "moments": 2 * FP32 * shard},
+        forward={**(gradients if accumulates else {}), "communication": c * (root + kept) + gathering},
+        backward={
+            "gradients": (FP32 * shard if accumulates else 0) + head + c * block,
+            "communication": c * (root + kept) + gathering + 2 * reducing,
+        },
+        reduce={"gradients": FP32 * shard + c * root, "communication": (c + FP32) * root + FP32 * root // S},
+        update=gradients,
+    )
+
+
+def _zero0(config: Config, accumulates: bool) -> Holdings:
+    """Everything on every rank in fp32; bf16 is autocast, whose copies of the matrices live until the backward pass."""
+    elements = sizes(config)
+    P = sum(elements.values())
+    autocast = 2 * sum(n for name, n in elements.items() if name.startswith("blocks.") and "norm" not in name)
+    copies = {"workspace": autocast if config.engine.precision == "bf16" else 0}
+    gradients = {"gradients": FP32 * P}
+    flat = FP32 * _flattened(elements.values(), ALLREDUCE_ELEMENTS)
+    return Holdings(
+        always={"weights": FP32 * P, "moments": 2 * FP32 * P},
+        forward={**(gradients if accumulates else {}), **copies},
+        backward={**(gradients if accumulates else {}), **copies},
+        reduce={**gradients, "communication": flat},
+        update=gradients,
+    )
+
+
+def _zero1_bf16(config: Config, ranks: int, accumulates: bool) -> Holdings:
+    """DeepSpeed's BF16_Optimizer: masters and moments sharded, fp32 gradients whole on every rank beside bf16 ones."""
+    groups = [sum(group.values()) for group in _groups(config)]
+    P, part = sum(groups), math.ceil(sum(groups) / ranks)
+    gradients = {"gradients": 2 * P}
+    return Holdings(
+        always={"weights": 2 * P, "masters": FP32 * part, "moments": 2 * FP32 * part, "gradients": FP32 * P},
+        forward=gradients if accumulates else {},
+        backward=gradients if accumulates else {},
+        reduce={**gradients, "communication": FP32 * _flattened(groups, ALLREDUCE_ELEMENTS)},
+        update=gradients,
+    )
+
+
+def _zero12(config: Config, ranks: int, accumulates: bool) -> Holdings:
+    """DeepSpeedZeroOptimizer: whole weights in compute type, everything else sharded, gradients reduced in buckets."""
+    zero = _zero_options(config)
+    c = compute_bytes(config)
+    groups = _groups(config)
+    P = sum(sum(group.values()) for group in groups)
+    part = math.ceil(P / ranks)
+    bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_ELEMENTS))
+    reduced = min(bucket, P)
+    sharded_gradients = config.engine.zero_stage == 2
+    offload = config.engine.offload.optimizer
+    wide = c < FP32 and not sharded_gradients  # stage 1 with the optimizer offloaded accumulates beside the parameters
+    buffers = (FP32 if wide else c) * bucket * (2 if zero.get("overlap_comm") else 1)
+    # Reducing a bucket joins its pieces, where there are several, and makes an fp32 copy of what is not fp32.
+    joined = 0 if ranks == 1 and c == FP32 else (FP32 if wide else c) * reduced
+    reducing = buffers + joined + (FP32 * reduced if c < FP32 and not wide else 0)
+    whole = FP32 * P  # gradients at the parameters, until the last micro-batch reduces them
+    owned = FP32 * max(sum(_touching(group, ranks, rank) for group in groups) for rank in range(ranks))
+    if c < FP32:
+        owned = FP32 * part
+    state = {"masters": FP32 * part, "moments": 2 * FP32 * part}
+    if offload:
+        # Reduced gradients are kept in fp32 on the device where they were not so before, else on the host.
+        largest = max(max(group.values()) for group in groups)
+        held = {"gradients": (FP32 * part if c < FP32 else 0) if sharded_gradients else whole}
+        last = {"gradients": FP32 * part if c < FP32 else 0}
+        return Holdings(
+            always={"weights": c * P, "workspace": c * largest},
+            forward=held if accumulates else {},
+            backward={**held, "communication": reducing if sharded_gradients else buffers},
+            reduce={"gradients": max(last["gradients"], held["gradients"]), "communication": reducing},
+            update=last,
+            host={
+                **state,
+                "gradients": FP32 * part + (0 if c < FP32 else owned),
+                "communication": c * (part + largest),
+            },
+        )
+    kept = owned if sharded_gradients else whole
+    flat = FP32 * math.ceil(max(sum(group.values()) for group in groups) / ranks) if c == FP32 else 0
+    late = {"gradients": owned + (0 if sharded_gradients else FP32 * (P - reduced)), "communication": reducing}
+    return Holdings(
+        always={"weights": c * P, **state},
+        forward={"gradients": kept, "communication": 0 if sharded_gradients else buffers} if accumulates else {},
+        backward={
+            "gradients": kept if accumulates or sharded_gradients else 0,
+            "communication": reducing if sharded_gradients else buffers,
+        },
+        reduce=late,
+        update={"gradients": owned + flat},
+    )
+
+
+def _zero3(config: Config, ranks: int) -> Holdings:
+    """Everything sharded. Parameters below a threshold stay gathered, others while they are soon used again."""
+    zero = _zero_options(config)
+    c = compute_bytes(config)
+    elements = sizes(config)
+    parts = {name: math.ceil(n / ranks) for name, n in elements.items()}
+    P, part = sum(elements.values()), sum(parts.values())
+    bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_ELEMENTS))
+    small = int(zero.get("stage3_param_persistence_threshold", 100_000))
+    live = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
+    subgroup = int(zero.get("sub_group_size", 10**9))
+    persistent = sum(n for n in elements.values() if n < small) if ranks > 1 else 0
+    gathered = c * min(P - persistent, live) if ranks > 1 else 0
+    reduced = min(bucket, P)
+    reducing = {"communication": gathered + FP32 * (reduced + reduced // ranks)}
+    flat = min(max(sum(parts[name] for name in group) for group in _groups(config)), subgroup)
+    state = {"masters": FP32 * part, "moments": 2 * FP32 * part, "gradients": FP32 * part}
+    weights = {"weights": c * part}
+    offload = config.engine.offload
+    on_device = {"weights": c * persistent, "communication": FP32 * bucket}
+    host: Bytes = {}
+    if offload.parameters:
+        host = {**weights}
+    else:
+        on_device["weights"] += weights["weights"]
+    if offload.optimizer:
+        host = {**host, **state, "gradients": 2 * FP32 * part}
+    else:
+        on_device = {**on_device, **state}
+    update = {} if offload.optimizer else {"gradients": FP32 * flat}
+    return Holdings(
+        always=on_device,
+        forward={"communication": gathered},
+        backward=reducing,
+        reduce=reducing,
+        update=update,
+        host=host,
+    )
+
+
+def _zero_options(config: Config) -> dict[str, Any]:
+    """What the user added to DeepSpeed's `zero_optimization`."""
+    options = config.engine.deepspeed.get("zero_optimization", {})
+    return options if isinstance(options, dict) else {}
+
+
+def _groups(config: Config) -> list[dict[str, int]]:
+    """Elements of the parameters in each group of the optimizer, in its order: the blocks' matrices first."""
+    optim = config.optim
+    factors = optim.lr_factors.model_dump()
+    grouped: dict[tuple[bool, float], dict[str, int]] = {(True, 1.0): {}}
+    for name, count in sizes(config).items():
+        kind = "norm" if name.endswith("norm.weight") else name.removesuffix(".weight")
+        decays = {"norm": optim.decay_norms, "embed": optim.decay_embeddings}.get(kind, True)
+        grouped.setdefault((decays, factors.get(kind, 1.0)), {})[name] = count
+    return [group for group in grouped.values() if group]
+
+
+def _touching(group: dict[str, int], ranks: int, rank: int) -> int:
+    """Elements of the parameters of which some lie in a rank's equal part of a flat group."""
+    part = math.ceil(sum(group.values()) / ranks)
+    start, stop, at, found = rank * part, (rank + 1) * part, 0, 0
+    for count in group.values():
+        if at < stop and at + count > start:
+            found += count
+        at += count
+    return found
+
+
+def _flattened(tensors: Iterable[int], limit: int) -> int:
+    """Elements of the largest joined copy when tensors are reduced in turn, each time that `limit` is passed.
+
+    One tensor alone needs no copy.
+    """
+    largest, pending = 0, []
+    for count in tensors:
+        pending.append(count)
+        if sum(pending) > limit:
+            largest = max(largest, sum(pending) if len(pending) > 1 else 0)
+            pending = []
+    return max(largest, sum(pending) if len(pending) > 1 else 0)

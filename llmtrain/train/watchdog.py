@@ -1,0 +1,365 @@
+"""Does every rank get on? A job in which one does not is ended, with a report that names it.
+
+A thread of each rank writes its heartbeat and looks at three things: how long this rank has been in one phase, whether
+the next rank still lives, and whether some rank has begun to report a failure. Where something is wrong it writes this
+rank's stacks, one rank writes the report (`llmtrain.train.failures`), and the process ends hard with exit code 4: a
+thread in a collective of gloo or NCCL cannot be called back. A peer that dies without a word is found at once where the
+connection breaks, else by its silence.
+
+The longest time without progress is `engine.timeout_s`, or `engine.start_timeout_s` until each phase was done once
+(loading, compiling), and `checkpoint.timeout_s` for a save. Time counts as this thread saw it pass: a job that was
+suspended is not ended for it.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, NamedTuple
+
+import torch.distributed as dist
+
+import llmtrain
+from llmtrain.config import Config
+from llmtrain.distributed import World, node_name
+from llmtrain.errors import LlmtrainError, RankError
+from llmtrain.train.failures import (
+    FAILURES,
+    Heartbeat,
+    compose,
+    heartbeat_path,
+    judge,
+    read_heartbeat,
+    read_report,
+    summary,
+    told,
+    write_heartbeat,
+    write_report,
+)
+from llmtrain.train.metrics import MetricsLog
+
+BEATS_PER_S = 100  # of all ranks together: a shared file system bears so many writes
+GRACE_S = 2.0  # at least, for other ranks to write what they do, or to end by themselves
+LEAVE_S = 60.0  # in which a rank that failed must be gone: destroying a process group can hang
+PREFLIGHT_S = 60
+END_S = 120  # more than wandb and a save under way are waited for at the end
+PY_SPY_S = 20
+
+_PACKAGE = str(Path(llmtrain.__file__).parent) + os.sep
+_COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
+
+
+class Call(NamedTuple):
+    """What the main thread is at."""
+
+    phase: str
+    number: int
+    since: float  # by the watchdog's own clock
+
+
+class Limits(NamedTuple):
+    """Longest times without progress, in seconds."""
+
+    usual: float
+    first: float  # until a phase was done once
+    save: float
+
+    @classmethod
+    def of(cls, config: Config) -> "Limits":
+        return cls(config.engine.timeout_s, config.engine.start_timeout_s, config.checkpoint.timeout_s)
+
+    def of_phase(self, phase: str, known: bool) -> tuple[float, str]:
+        """The limit of a phase, and the field that sets it."""
+        if phase == "preflight":
+            return PREFLIGHT_S, "the pre-flight"
+        if phase == "save":
+            return self.save, "checkpoint.timeout_s"
+        if phase == "end":
+            return self.usual + END_S, "engine.timeout_s at the end"
+        if known or self.usual >= self.first:
+            return self.usual, "engine.timeout_s"
+        return self.first, "engine.start_timeout_s"
+
+
+class Watchdog:
+    """Watches one rank for the length of a `with` block. `update` is the update being made, or made last."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        """Collective: all ranks learn which attempt this is."""
+        self.run_dir = Path(config.run.dir)
+        self.rank, self.size = world.rank, world.size
+        self.limits = Limits.of(config)
+        shared = world.gather_text(f"{node_name()}\n{attempt_name(self.run_dir) if world.first else ''}")
+        self.hosts = [text.split("\n")[0] for text in shared]
+        self.attempt, self.job = shared[0].split("\n")[1:]
+        self.folder = self.run_dir / FAILURES / self.attempt
+        self.beat_s = max(min(1.0, self.limits.usual / 20), self.size / BEATS_PER_S)
+        self.grace_s = max(GRACE_S, 2.5 * self.beat_s)  # srun and torchrun end all 30 s after the first
+        self.update = 0
+        self.clock = 0.0
+        self.call = Call("start", 0, 0.0)
+        self._known = {"loop"}
+        self._beats = 0
+        self._neighbour: tuple[int, float] = (-1, 0.0)  # its last beat, and when that was new
+        self._called_at: float | None = None  # when trouble elsewhere was first seen
+        self._leave_by: float | None = None
+        self._exit_code = 1
+        self._ending = threading.Lock()
+        self._over = threading.Event()
+        self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        heartbeat_path(self.run_dir, self.rank).parent.mkdir(parents=True, exist_ok=True)
+        self._beat("running")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Raises RankError where the error is that another rank was lost."""
+        if error is None:
+            self._stop()
+            heartbeat_path(self.run_dir, self.rank).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # until the last rank is gone
+                heartbeat_path(self.run_dir, self.rank).parent.rmdir()
+            return
+        if self.size == 1:
+            self._stop()
+            self._beat("failed", error)
+            return
+        self._exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
+        self._leave_by = self.clock + LEAVE_S + self.grace_s
+        if lost_peer(error):
+            self._exit_code = RankError.exit_code
+            raise RankError(self._end("the connection to another rank was lost", error)) from None
+        self._beat("failed", error)
+
+    def at(self, phase: str) -> None:
+        """The main thread begins another phase."""
+        self._known.add(self.call.phase)
+        self.call = Call(phase, self.call.number + 1, self.clock)
+
+    def follow(self, watched: object, phases: Mapping[str, str]) -> None:
+        """From now on, the methods of this object that `phases` names are these phases; between them it is `loop`."""
+        for name, phase in phases.items():
+            setattr(watched, name, self._told(phase, getattr(watched, name)))
+
+    def _told(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if phase == "update":
+                self.update += 1
+            self.at(phase)
+            result = method(*arguments, **named)  # where it raises, the phase is the one it raised in
+            self.at("loop")
+            return result
+
+        return call
+
+    def _stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._over.wait(self.beat_s):
+            now = time.monotonic()
+            self.clock += min(now - before, 3 * self.beat_s)
+            before = now
+            if self.size > 1:  # ends this process where this thread cannot: one that holds the GIL, a dead file system
+                faulthandler.dump_traceback_later(self._limit()[0] + 3 * self.grace_s, exit=True, file=2)
+            if self._leave_by is not None:
+                if self.clock > self._leave_by:
+                    os._exit(self._exit_code)
+                continue
+            self._beat("running")
+            reason = self._trouble()
+            if reason:
+                self._end(reason)
+                sys.stderr.flush()
+                os._exit(self._exit_code)
+
+    def _limit(self) -> tuple[float, str]:
+        return self.limits.of_phase(self.call.phase, self.call.phase in self._known)
+
+    def _trouble(self) -> str:
+        """Why the job must end now; empty where it need not."""
+        call = self.call
+        limit, field = self._limit()
+        self._exit_code = RankError.exit_code
+        if self.clock - call.since > limit:
+            return f"no progress for {limit:g} s ({field}) in update {self.update}, {call.phase}"
+        if self.size == 1:
+            return ""
+        why = "another rank ended it" if self.folder.is_dir() else self._neighbours_trouble()
+        if not why:
+            self._called_at = None
+            return ""
+        if self._called_at is None:
+            self._called_at = self.clock
+        return why if self.clock - self._called_at > self.grace_s else ""
+
+    def _neighbours_trouble(self) -> str:
+        """What is wrong with the next rank: it failed and this one waits for it, or it is silent."""
+        rank = (self.rank + 1) % self.size
+        beat = read_heartbeat(self.run_dir, rank, self.job)
+        if beat is None:
+            return ""
+        if beat.state == "failed" and _doing(self._main)[1]:
+            self._exit_code = beat.exit_code if beat.exit_code > 1 else RankError.exit_code
+            return f"rank {rank} failed"
+        if beat.count != self._neighbour[0]:
+            self._neighbour = (beat.count, self.clock)
+        silent_s = max(self.limits.usual, 10 * self.beat_s)
+        silent = beat.state == "running" and self.clock - self._neighbour[1] > silent_s
+        return f"rank {rank} gave no sign for {silent_s:g} s" if silent else ""
+
+    def _end(self, reason: str, error: BaseException | None = None) -> str:
+        """Write what this rank does, and the report where no other rank does. Returns the report's summary."""
+        if not self._ending.acquire(blocking=False):  # the other thread is at it, and ends the process
+            time.sleep(LEAVE_S)
+            return reason
+        reports = self._claim()
+        before = [read_heartbeat(self.run_dir, rank, self.job) for rank in range(self.size)] if reports else []
+        self._beat("stopped", error)
+        with contextlib.suppress(OSError):
+            self._dump(reason, error)
+        deadline = time.monotonic() + self.grace_s * (1 if reports else 3)
+        while time.monotonic() < deadline and (report := read_report(self.folder)) is None:
+            time.sleep(0.05)
+        if reports:
+            after = [read_heartbeat(self.run_dir, rank, self.job) for rank in range(self.size)]
+            report = compose(self.attempt, reason, judge(before, after, self.hosts, broke=error is not None), after)
+            with contextlib.suppress(OSError):
+                write_report(self.folder, report)
+            print(f"{told(report)}stacks: {self.folder}", file=sys.stderr, flush=True)
+        return f"{summary(report) if report else reason}\nThe stacks of all ranks are in {self.folder}"
+
+    def _claim(self) -> bool:
+        """Whether this rank is the one to write the report: the one that makes the folder, which calls the others."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir()
+        except OSError:
+            return False
+        return True
+
+    def _beat(self, state: Literal["running", "stopped", "failed"], error: BaseException | None = None) -> None:
+        self._beats += 1
+        call = self.call
+        at, waits = _doing(self._main)
+        if error is not None:  # the main thread is no longer where it was
+            at, waits = _raised_at(error), lost_peer(error)
+        beat = Heartbeat(
+            job=self.job,
+            rank=self.rank,
+            host=self.hosts[self.rank],
+            pid=os.getpid(),
+            state=state,
+            update=self.update,
+            phase=call.phase,
+            calls=call.number,
+            in_phase_s=round(self.clock - call.since, 1),
+            at=at,
+            waits=waits,
+            count=self._beats,
+            exit_code=self._exit_code if state == "failed" else 0,
+            error="" if error is None else f"{type(error).__name__}: {error}",
+        )
+        with contextlib.suppress(OSError):
+            write_heartbeat(self.run_dir, beat)
+
+    def _dump(self, reason: str, error: BaseException | None) -> None:
+        """This rank's stacks, and the last collectives where torch recorded them."""
+        path = self.folder / f"rank_{self.rank:05d}.txt"
+        with path.open("w") as file:
+            file.write(f"rank {self.rank} on {self.hosts[self.rank]}, process {os.getpid()}: {reason}\n\n")
+            if error is not None:
+                file.write("".join(traceback.format_exception(type(error), error, error.__traceback__)) + "\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.write(_native_stacks())
+        if recorded := _flight_recorder():
+            path.with_suffix(".collectives.json").write_text(recorded)
+
+
+def group_timeout_s(config: Config) -> int:
+    """The longest wait in a collective: longer than the watchdog's, which tells more."""
+    return max(config.engine.timeout_s, config.engine.start_timeout_s) + int(LEAVE_S)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that the connection to another rank broke, or that a wait for it was too long."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+def attempt_name(run_dir: Path) -> str:
+    """The name of this attempt's failure, and a token of its own."""
+    number, again = str(MetricsLog(run_dir).next_attempt()), 1
+    name = number
+    while (run_dir / FAILURES / name).exists():  # an attempt that left no row has no number of its own
+        again += 1
+        name = f"{number}.{again}"
+    return f"{name}\n{secrets.token_hex(8)}"
+
+
+def _doing(main: int) -> tuple[str, bool]:
+    """The main thread's innermost line of llmtrain, and whether any thread is inside a collective."""
+    frames = sys._current_frames()
+    waits = any(_innermost(frame) for thread, frame in frames.items() if thread != threading.get_ident())
+    frame: FrameType | None = frames.get(main)
+    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    if frame is None:
+        return "", waits
+    return _line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name), waits
+
+
+def _innermost(frame: FrameType) -> bool:
+    return any(part in frame.f_code.co_filename for part in _COLLECTIVES)
+
+
+def _raised_at(error: BaseException) -> str:
+    """The innermost line of llmtrain that an error passed."""
+    own = [entry for entry in traceback.extract_tb(error.__traceback__) if entry.filename.startswith(_PACKAGE)]
+    return _line(own[-1].filename, own[-1].lineno or 0, own[-1].name) if own else ""
+
+
+def _line(path: str, number: int, function: str) -> str:
+    return f"{path.removeprefix(_PACKAGE)}:{number} {function}"
+
+
+def _native_stacks() -> str:
+    """The stacks with those of C and C++, where py-spy is there to tell them."""
+    beside = Path(sys.executable).with_name("py-spy")
+    program = str(beside) if beside.exists() else shutil.which("py-spy")
+    if program is None:
+        return ""
+    words = [program, "dump", "--native", "--pid", str(os.getpid())]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PY_SPY_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"\npy-spy: {error}\n"
+    return f"\n{done.stdout}{done.stderr}"
+
+
+def _flight_recorder() -> str:
+    """The last collectives of this rank as JSON, where this torch keeps them."""
+    module = importlib.import_module("torch._C._distributed_c10d")
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+            recorded = getattr(module, name)()
+            return recorded.decode() if isinstance(recorded, bytes) else str(recorded)
+    return ""

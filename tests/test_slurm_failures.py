@@ -1,0 +1,78 @@
+"""A node that hangs, or is not like the others, on a real Slurm of two nodes."""
+
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain.train.attempts import read_attempts
+from llmtrain.train.failures import read_report
+from llmtrain.train.metrics import read_metrics
+from tests.slurm_cluster import Cluster
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 15
+SMALL = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
+
+
+def submit(cluster: Cluster, config: dict[str, Any], folder: Path, nodes: str, **environment: str) -> str:
+    """Submit the shipped script, with the door that fails, in `folder`; returns the job's number."""
+    config = {**config, "run": {**config["run"], "dir": str(folder / "run")}, "checkpoint": {"every": "5 steps"}}
+    config["engine"] = {**config["engine"], "kind": "fsdp", "timeout_s": TIMEOUT_S}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    text = (ROOT / "launch/slurm/pretrain.sbatch").read_text()
+    script = folder / "pretrain.sbatch"
+    script.write_text(text.replace("llmtrain=(python -m llmtrain)", "llmtrain=(python tests/failing_door.py)"))
+    assert script.read_text() != text
+    paths = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+    return cluster.submit(
+        *SMALL, nodes, f"--output={folder / 'job.out'}", script, "--config", path,
+        PATH=paths, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT), BAD_NODE="n1", **environment,
+    )  # fmt: skip
+
+
+def test_a_node_that_hangs_is_left_out_of_the_next_start(
+    cluster: Cluster, prepared: dict[str, Any], tmp_path: Path
+) -> None:
+    """A hung GPU would burn the allocation to its end, and be part of every attempt after it."""
+    job = submit(cluster, prepared, tmp_path, "--nodes=1-2", HANGS_AFTER="7")
+    found = cluster.wait(job, timeout_s=300, log=tmp_path / "job.out")
+    said = (tmp_path / "job.out").read_text(errors="replace")
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), f"{found}\n{said}"
+    report = read_report(tmp_path / "run/failures/1")
+    assert report is not None, said
+    [culprit] = report["culprits"]
+    assert (culprit["rank"], culprit["host"], culprit["kind"]) == (1, "n1", "hung")
+    assert "update 7" in culprit["told"] and report["bad_nodes"] == ["n1"]
+    assert f"rank 1 on n1: {culprit['told']}" in said
+    assert "in heard" in (tmp_path / "run/failures/1/rank_00001.txt").read_text()
+    starts = [row for row in read_attempts(tmp_path / "run") if row["event"] == "started"]
+    assert [(row["update"], row["hosts"]) for row in starts] == [(0, ["n0", "n1"]), (5, ["n0"])]
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if row["kind"] == "step"] == list(range(1, 21))
+    deadline = time.monotonic() + 30
+    while cluster.pids(job, "n1"):
+        assert time.monotonic() < deadline, "a process is left on the node that hung"
+        time.sleep(0.1)
+
+
+def test_a_node_with_another_checkout_is_refused(cluster: Cluster, prepared: dict[str, Any], tmp_path: Path) -> None:
+    """Half of the ranks would train with last week's code."""
+    other = tmp_path / "checkout"
+    shutil.copytree(ROOT / "llmtrain", other / "llmtrain", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "llmtrain/model/decoder.py").open("a") as file:
+        file.write("# last week\n")
+    job = submit(cluster, prepared, tmp_path, "--nodes=2", OTHER_CODE=str(other))
+    found = cluster.wait(job, timeout_s=200, log=tmp_path / "job.out")
+    said = (tmp_path / "job.out").read_text(errors="replace")
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), f"{found}\n{said}"
+    assert re.search(
+        r"^  rank 1 on n1: code: llmtrain/model/decoder.py is \w{16}, on rank 0 on n0 ", said, re.MULTILINE
+    )
+    assert "  rank 1 on n1: config: schedule.peak is 0.02, on rank 0 on n0 0.01\n" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

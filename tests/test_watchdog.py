@@ -1,0 +1,224 @@
+"""A job in which one rank hangs or dies ends by itself, in time, and says which rank it was."""
+
+import ctypes
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmtrain.checkpoint.store import CheckpointStore
+from llmtrain.config import Config
+from llmtrain.config_file import load_config
+from llmtrain.distributed import World
+from llmtrain.engines.base import Engine
+from llmtrain.errors import DataError, LlmtrainError
+from llmtrain.train import average
+from llmtrain.train.failures import Heartbeat, compose, judge, read_report, told
+from llmtrain.train.watchdog import attempt_name
+from tests import ranks
+
+TIMEOUT_S = 4
+ENDS_WITHIN_S = 90  # far more than the timeout: the machine is busy
+
+
+def disturb(how: str) -> None:
+    """What happens to the rank under test, at the beginning of an update."""
+    if how in ("hold the GIL", "die"):
+        time.sleep(1)  # for a heartbeat from this update
+    if how == "sleep":
+        time.sleep(3600)
+    elif how == "hold the GIL":
+        ctypes.PyDLL(None).sleep(3600)
+    elif how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "raise":
+        raise ValueError("a mistake of one rank")
+    elif how == "bad data":
+        raise DataError("a damaged file on one node")
+    elif how == "save slowly":
+        save = CheckpointStore.save
+        CheckpointStore.save = lambda *given, **named: time.sleep(4) or save(*given, **named)  # type: ignore
+    elif how == "be suspended":
+        with subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"]):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def disturbed(path: str, rank: int, update: int, how: str) -> None:
+    """Train, with one rank that does not get beyond an update; ends as the command does."""
+    from llmtrain.train.run import train
+
+    def build(config: Config, world: World) -> Engine:
+        engine = average.build(config, world)
+        train_step, count = engine.train_step, itertools.count(1)
+
+        def step(*arguments: Any) -> Any:
+            if next(count) == update and world.rank == rank:
+                disturb(how)
+            return train_step(*arguments)
+
+        engine.train_step = step  # type: ignore[method-assign]
+        return engine
+
+    os.environ["SLURMD_NODENAME"] = f"node{os.environ['RANK']}"
+    try:
+        train(load_config(Path(path)), prepare_command="", build=build)
+    except LlmtrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@pytest.fixture
+def attempt(prepared: dict[str, Any], tmp_path: Path) -> Callable[..., tuple[list[int], Path, str]]:
+    """Train on so many ranks until the job ends by itself; its exit codes, run folder and output."""
+
+    def run(
+        count: int, rank: int, update: int, how: str, checkpoint: dict[str, Any] | None = None, **engine: Any
+    ) -> tuple[list[int], Path, str]:
+        config = {**prepared, "run": {**prepared["run"], "dir": str(tmp_path / "run")}, "checkpoint": checkpoint or {}}
+        config["engine"] = {**prepared["engine"], "kind": "fsdp", "timeout_s": TIMEOUT_S, **engine}
+        config["batch"] = {**prepared["batch"], "global_sequences": 2 * count}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        running = ranks.start(tmp_path / "logs", count, disturbed, str(path), rank, update, how)
+        return running.wait(ENDS_WITHIN_S), tmp_path / "run", running.text()
+
+    return run
+
+
+def report_of(run: Path, attempt: str = "1") -> dict[str, Any]:
+    report = read_report(run / "failures" / attempt)
+    assert report is not None
+    return report
+
+
+@pytest.mark.parametrize(("count", "how"), [(2, "sleep"), (3, "sleep"), (2, "hold the GIL")])
+def test_a_hung_rank_ends_the_job_and_is_named(attempt: Callable[..., Any], count: int, how: str) -> None:
+    """An allocation would burn until somebody looks, and nobody would know which node to leave out."""
+    kind = "fsdp" if count == 3 else "deepspeed"
+    codes, run, said = attempt(count, 1, 3, how, kind=kind)
+    silent = how == "hold the GIL"  # its watchdog cannot run: to the others it is a rank without a sign of life
+    assert codes == [1 if silent and rank == 1 else 4 for rank in range(count)], said
+    report = report_of(run)
+    [culprit] = report["culprits"]
+    assert (culprit["rank"], culprit["host"], culprit["kind"]) == (1, "node1", "silent" if silent else "hung")
+    assert "update 3, update" in culprit["told"]
+    assert report["bad_nodes"] == ["node1"]
+    assert f"rank 1 on node1: {culprit['told']}" in said
+    assert all(beat["update"] == 3 and beat["waits"] for beat in report["ranks"] if beat["rank"] != 1)
+    if silent:
+        assert ", line" in said and "in disturb" in said  # its stacks, from a thread that needs no GIL
+        return
+    stacks = [(run / f"failures/1/rank_{rank:05d}.txt").read_text() for rank in range(count)]
+    assert ["in disturb\n" in text for text in stacks] == [rank == 1 for rank in range(count)]
+    assert "all_reduce" in stacks[0]
+
+
+@pytest.mark.parametrize("how", ["die", "raise", "bad data"])
+def test_a_rank_that_ends_alone_takes_the_others_with_it(attempt: Callable[..., Any], how: str) -> None:
+    """The others would wait half an hour for a rank that was killed, and then tell that a connection was closed."""
+    codes, run, said = attempt(3, 2, 3, how)
+    kind, why, bad = {
+        "die": ("died", "died: its last sign was in update 3, update at", []),
+        "raise": ("failed", "ended in update 3, update: ValueError: a mistake of one rank", []),
+        "bad data": ("failed", "ended in update 3, update: DataError: a damaged file on one node", []),
+    }[how]
+    assert codes[2] == {"die": -signal.SIGKILL, "raise": 1, "bad data": 2}[how], said
+    assert set(codes[:2]) <= ({2, 4} if how == "bad data" else {4}), said
+    report = report_of(run)
+    [culprit] = report["culprits"]
+    assert (culprit["rank"], culprit["kind"]) == (2, kind) and culprit["told"].startswith(why)
+    assert report["bad_nodes"] == bad
+    assert f"rank 2 on node2: {why}" in said
+    if how == "die":  # the next attempt finishes, and leaves the report where it is
+        codes, run, said = attempt(3, 2, 0, "nothing")
+        assert codes == [0, 0, 0], said
+        assert [path.name for path in (run / "failures").iterdir()] == ["1"]
+        assert not (run / "ranks").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "timeout_s", "code"), [("save slowly", 60, 0), ("save slowly", 1, 4), ("be suspended", 60, 0)]
+)
+def test_what_is_slow_for_a_reason_is_not_ended(
+    attempt: Callable[..., Any], how: str, timeout_s: int, code: int
+) -> None:
+    """A long upload, or a job that the scheduler suspended for an hour, would be taken for a hung one."""
+    codes, run, said = attempt(1, 0, 20, how, checkpoint={"timeout_s": timeout_s}, timeout_s=2)
+    assert codes == [code], said
+    if code:
+        assert "(checkpoint.timeout_s) in update 20, save" in report_of(run)["reason"]
+
+
+def beat(rank: int, **fields: Any) -> Heartbeat:
+    usual = {
+        "job": "a",
+        "host": f"n{rank}",
+        "pid": 1,
+        "state": "stopped",
+        "update": 7,
+        "phase": "update",
+        "calls": 20,
+        "in_phase_s": 30.0,
+        "at": "distributed.py:9 sum",
+        "waits": True,
+        "count": 5,
+    }
+    return Heartbeat(**{**usual, "rank": rank, **fields})
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({1: {"waits": False}}, [(1, "hung")]),
+        ({1: {"waits": False}, 2: {"calls": 21, "phase": "loop", "waits": False}}, [(1, "hung")]),
+        ({2: {"state": "running"}}, [(2, "silent")]),
+        ({2: None, 0: {"waits": False}}, [(2, "silent")]),
+        ({3: {"state": "failed", "error": "DataError: x"}, 0: {"waits": False}}, [(3, "failed")]),
+        ({2: {"calls": 19}}, [(2, "hung")]),
+        ({rank: {"waits": False} for rank in range(4)}, []),
+        ({0: {"at": "data/batches.py:9 fill"}}, [(0, "hung")]),
+        ({}, []),
+        ({0: {"at": "a"}, 1: {"at": "b"}, 2: {"at": "c"}}, []),
+    ],
+    ids=[
+        "outside",
+        "one is ahead",
+        "silent",
+        "no sign",
+        "failed",
+        "behind",
+        "on GPUs",
+        "elsewhere",
+        "same",
+        "all apart",
+    ],
+)
+def test_the_rank_that_stands_apart_is_found(changes: dict[int, Any], found: list[tuple[int, str]]) -> None:
+    """A good node would be left out, and the bad one stay in."""
+    beats = [None if changes.get(rank, {}) is None else beat(rank, **changes.get(rank, {})) for rank in range(4)]
+    hosts = [f"n{rank}" for rank in range(4)]
+    culprits = judge(beats, beats, hosts, broke=False)
+    assert [(culprit.rank, culprit.kind) for culprit in culprits] == found
+    report = compose("1", "no progress", culprits, beats)
+    assert report["bad_nodes"] == [f"n{rank}" for rank, kind in found if kind != "failed"]
+    assert len(told(report).splitlines()) == 3 + max(1, len(found)) + 4
+    died = judge(beats, beats, hosts, broke=True)
+    assert [one.kind for one in died] == [{"silent": "died"}.get(kind, kind) for _, kind in found]
+
+
+def test_attempts_that_left_no_row_have_reports_of_their_own(tmp_path: Path) -> None:
+    """The second failure would be mixed up with the first."""
+    names = []
+    for _ in range(3):
+        name, token = attempt_name(tmp_path).split("\n")
+        (tmp_path / "failures" / name).mkdir(parents=True)
+        names.append((name, len(token)))
+    assert names == [("1", 16), ("1.2", 16), ("1.3", 16)]

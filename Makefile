@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint environment clean
+.PHONY: demo test lint environment bench-peers clean
 
 demo: $(VENV)/installed
 	llmtrain prepare --config configs/demo_cosine.yaml
@@ -22,6 +22,10 @@ lint: $(VENV)/installed-test
 	mypy
 
 environment: $(VENV)/installed-test
+
+# How fast beside others, each in an environment of its own under build/peers.
+bench-peers: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 python -m tests.benchmarks.peers.compare --out tests/benchmarks/results/peers.json
 
 # torch first: with it in place, nothing else decides which build of it is taken.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -5,6 +5,7 @@ and tells the others what it found, so that a node that is not there is named by
 collective waits for it.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -17,6 +18,7 @@ from llmtrain.errors import EnvironmentError
 
 POLL_S = 0.05
 VERDICT_S = 30  # longer than the first rank waits, for its verdict
+TOLD_S = 10
 
 
 def launchers_store(rank: int, size: int, within_s: int) -> Store:
@@ -50,7 +52,17 @@ def await_all(store: Store, rank: int, size: int, name: str, within_s: int) -> N
     except RuntimeError:
         verdict = f"rank 0 did not answer rank {rank} on {name} within {within_s + VERDICT_S} s: see why it ended"
     if verdict:
+        _leave(store, rank, size)
         raise EnvironmentError(verdict)
+
+
+def _leave(store: Store, rank: int, size: int) -> None:
+    """The store ends with the first rank, so that one waits until the others that came have read the verdict."""
+    with contextlib.suppress(RuntimeError):
+        store.set(f"told/{rank}", "")
+        if rank == 0:
+            came = [other for other in range(size) if store.check([f"arrived/{other}"])]
+            store.wait([f"told/{other}" for other in came], timedelta(seconds=TOLD_S))
 
 
 def _missing(store: Store, size: int, within_s: int) -> str:

@@ -31,7 +31,7 @@ from llmtrain.cli_sweep import sweep
 from llmtrain.errors import EnvironmentError, LlmtrainError
 
 TRAIN_PACKAGES = ("torch", "deepspeed", "sentencepiece", "datasets", "wandb", "safetensors", "xxhash", "fsspec")
-_GIVE_WAY_S = 3.0
+_GIVE_WAY_S = 10.0
 
 app = typer.Typer(
     name="llmtrain",

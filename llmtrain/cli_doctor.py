@@ -20,7 +20,7 @@ def doctor(
 ) -> None:
     """Look at this machine for what stops runs, with a remedy for each. Exit code 1 where something is wrong."""
     from llmtrain.config_file import load_config
-    from llmtrain.doctor import examine
+    from llmtrain.doctor.examine import examine
 
     loaded = None if config is None else load_config(config, overrides)
     found = examine(loaded, os.environ, f"llmtrain prepare --config {config}")

@@ -75,7 +75,7 @@ def _tell_submitted(submission: "Submission", job: str, limit: str) -> None:
     print(f"job {job}: {submission.ranks}, {limit} a start, told to save {submission.lead_s} s before its end ({how})")
     print(f"look:    llmtrain slurm status {run_dir}")
     print(f"follow:  tail -F {run_dir}/slurm-{job}.out")
-    print(f"stop:    touch {run_dir}/stop   (saves, and is not started again; scancel {job} does not save)")
+    print(f"stop:    touch {run_dir}/stop   (saves, and is not started again; scancel {job} leaves it 30 s for that)")
 
 
 @slurm_app.command(epilog="Example: llmtrain slurm status runs/7b_cosine")

@@ -1,8 +1,9 @@
 """A real Slurm of two nodes on this machine, for tests: munged, slurmctld and two slurmd, all of it under one folder.
 
 The nodes are named n0 and n1; both have the machine's cores, counted as CPUS each, so that jobs of several tests run
-side by side. Nothing of the system's own Slurm or munge is touched, and only processes that were started here are
-ended. Accounting is off. After a requeue Slurm holds a job back for two minutes: `hurry` starts it at once.
+side by side, and as many GPUs, which are empty files. Nothing of the system's own Slurm or munge is touched, and only
+processes that were started here are ended. Accounting is off. After a requeue Slurm holds a job back for two minutes:
+`hurry` starts it at once.
 """
 
 import contextlib
@@ -58,6 +59,10 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(_slurm_conf(self.folder, control, ports))
         paths = {name: str(self.folder / f"munge.{name}") for name in ("socket", "log", "pid", "seed")}
         options = [f"--{name}{'' if name == 'socket' else '-file'}={path}" for name, path in paths.items()]
+        for number in range(CPUS):
+            (self.folder / f"gpu{number}").touch()
+        gpus = f"Name=gpu File={self.folder}/gpu[0-{CPUS - 1}]"
+        (self.folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} {gpus}\n")
         self._daemon("munged", "--foreground", "--force", f"--key-file={key}", *options)
         self._until(lambda: Path(paths["socket"]).exists(), "munged to open its socket")
         self._daemon("slurmctld", "-D", "-c")
@@ -76,6 +81,7 @@ class Cluster:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for pid in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -134,7 +140,9 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: the node's slurmd and every process of its jobs are gone, and Slurm is told so."""
-        self.daemons.pop(node).kill()
+        daemon = self.daemons.pop(node)
+        daemon.kill()
+        daemon.wait()
         for pid in self._processes(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -200,7 +208,7 @@ def cluster() -> Iterator[Cluster]:
 def _slurm_conf(folder: Path, control: int, ports: list[int]) -> str:
     host = socket.gethostname()
     nodes = [
-        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} RealMemory=64000"
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} Gres=gpu:{CPUS}"
         for node, port in zip(NODES, ports, strict=True)
     ]
     return "\n".join(
@@ -224,6 +232,7 @@ def _slurm_conf(folder: Path, control: int, ports: list[int]) -> str:
             "SelectTypeParameters=CR_CPU",
             "SchedulerType=sched/backfill",
             "SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=0",
+            "GresTypes=gpu",
             "ProctrackType=proctrack/linuxproc",
             "TaskPlugin=task/none",
             "SwitchType=switch/none",

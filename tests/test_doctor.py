@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from llmtrain import doctor
 from llmtrain.config import Config
 from llmtrain.config_file import load_config
-from llmtrain.doctor import Finding, examine
+from llmtrain.doctor import cluster, finding, run
+from llmtrain.doctor import examine as module_examine
+from llmtrain.doctor import machine as probes
+from llmtrain.doctor.examine import examine
+from llmtrain.doctor.finding import Finding
 
 SCONTROL = """Configuration data as of today
 AccountingStorageType   = accounting_storage/none
@@ -74,8 +77,8 @@ def test_each_thing_that_is_wrong_has_a_remedy(
         machine, "nvidia-smi", "0, NVIDIA H100 80GB HBM3, 81559, 9000, 570.1, 0\n1, NVIDIA H100, 81559, 0, 570.1, 2"
     )
     command(machine, "scontrol", "", code=1)
-    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no_such_package"))
-    monkeypatch.setattr(doctor, "file_system", lambda path, mounts: "tmpfs")
+    monkeypatch.setattr(probes, "PACKAGES", ("torch", "no_such_package"))
+    monkeypatch.setattr(run, "file_system", lambda path, mounts: "tmpfs")
     config = config_of(prepared, tmp_path, f"data.path={tmp_path / 'nothing'}", "logging.wandb.mode=online")
     environment = {"RANK": "0", "SLURM_JOB_ID": "7", "HF_HUB_OFFLINE": "1"}
     findings = examine(config, environment, "llmtrain prepare --config c.yaml")
@@ -101,7 +104,7 @@ def test_a_cluster_is_read(machine: Path) -> None:
     command(machine, "scontrol", SCONTROL)
     command(machine, "sinfo", "gpu* 4 nodes gpu:8 up to 1-00:00:00")
     command(machine, "srun", "  --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH")
-    said = found(doctor.slurm({"SLURM_JOB_ID": "12"}), "slurm")
+    said = found(cluster.slurm({"SLURM_JOB_ID": "12"}), "slurm")
     assert said[:2] == ["fine: version 23.11.4, in job 12 > ", "fine: partition gpu* 4 nodes gpu:8 up to 1-00:00:00 > "]
     assert [line.split(" > ")[0] for line in said[2:]] == [
         "note: JobRequeue=0",
@@ -116,7 +119,7 @@ def test_credentials_are_found_and_never_shown(prepared: dict[str, Any], machine
     """A key would stand in the log of every job."""
     config = config_of(prepared, tmp_path, "logging.wandb.mode=online")
     secret = "0123456789abcdef" * 2
-    assert found(doctor.wandb(config, {"WANDB_API_KEY": secret}), "wandb") == ["fine: online, with credentials > "]
+    assert found(run.wandb(config, {"WANDB_API_KEY": secret}), "wandb") == ["fine: online, with credentials > "]
     (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {secret}\n")
     (tmp_path / ".netrc").chmod(0o600)
     findings = examine(config, {"WANDB_API_KEY": secret}, "")
@@ -126,25 +129,26 @@ def test_credentials_are_found_and_never_shown(prepared: dict[str, Any], machine
 
 def test_devices_and_disks_are_told_apart(prepared: dict[str, Any], tmp_path: Path) -> None:
     """A port that is down or a folder that other nodes do not see would be called fine."""
-    assert found(doctor.infiniband(tmp_path), "infiniband")[0].startswith("note: no InfiniBand")
+    assert found(probes.infiniband(tmp_path), "infiniband")[0].startswith("note: no InfiniBand")
     for name, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
         port = tmp_path / name / "ports" / "1"
         port.mkdir(parents=True)
         (port / "state").write_text(state)
-    assert found(doctor.infiniband(tmp_path), "infiniband")[0].startswith("note: not active: mlx5_1 > ")
+    assert found(probes.infiniband(tmp_path), "infiniband")[0].startswith("note: not active: mlx5_1 > ")
     mounts = tmp_path / "mounts"
     mounts.write_text(f"a / ext4 rw 0 0\nb {tmp_path} lustre rw 0 0\nc {tmp_path}x tmpfs rw 0 0\n")
-    assert doctor.file_system(tmp_path / "run", mounts) == "lustre"
-    assert doctor.file_system(Path("/"), mounts) == "ext4"
+    assert run.file_system(tmp_path / "run", mounts) == "lustre"
+    assert run.file_system(Path("/"), mounts) == "ext4"
     config = config_of(prepared, tmp_path, "model.ffn_size=1000000000000")
-    [line] = found(doctor.run_folder(config), "run folder")
+    [line] = found(run.run_folder(config), "run folder")
     assert line.startswith("wrong") and "checkpoints will take" in line and "checkpoint.keep (3)" in line
 
 
 def test_what_hangs_is_a_finding_itself(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor would hang with the file system it is to examine."""
-    monkeypatch.setattr(doctor, "WITHIN_S", 0.2)
-    monkeypatch.setattr(doctor, "caches", lambda environment: time.sleep(600))
+    for module in (module_examine, finding):
+        monkeypatch.setattr(module, "WITHIN_S", 0.2)
+    monkeypatch.setattr(run, "caches", lambda environment: time.sleep(600))
     command(machine, "nvidia-smi", "")
     (machine / "nvidia-smi").write_text("#!/bin/sh\nexec /bin/sleep 600\n")
     findings = examine(None, {}, "")

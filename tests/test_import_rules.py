@@ -55,7 +55,7 @@ TORCH_FREE = [
     "llmtrain.planner.plan",
     "llmtrain.train.metrics",
     "llmtrain.train.failures",
-    "llmtrain.doctor",
+    "llmtrain.doctor.examine",
     "llmtrain.study.branch",
     "llmtrain.study.refine",
     "llmtrain.study.range_figure",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from llmtrain.cli import main
 from llmtrain.train.attempts import read_attempts
 from llmtrain.train.metrics import read_metrics
 from tests import ranks
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 CLOCK = ("step_time_s", "tokens_per_s", "mfu", "memory_gib", "attempt")  # what no two runs have alike
 ZERO2 = ("engine.kind=deepspeed", "engine.zero_stage=2")
 FSDP = ("engine.kind=fsdp",)
-SMALL = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
+SMALL = ("--cpus-per-task=1", "--time=10")
 HELD = 10  # the update after which a held job waits
 PATIENCE_S = 300
 Leg = Callable[..., ranks.Ranks]
@@ -49,9 +50,9 @@ class Job:
         words: list[str] = []
         for override in (f"run.dir={self.run}", "checkpoint.every=5 steps", "engine.timeout_s=300", *overrides):
             words += ["--set", override]
-        nodes = () if any(option.startswith("--nodes") for option in options) else ("--nodes=2",)
+        size = () if any(option.startswith("--nodes") for option in options) else ("--nodes=2", "--gpus-per-node=0")
         self.number = cluster.submit(
-            *SMALL, *nodes, *options, f"--output={self.log}", batch, "--config", path, *words,
+            *SMALL, *size, *options, f"--output={self.log}", batch, "--config", path, *words,
             **_environment(cluster), **environment,
         )  # fmt: skip
 
@@ -133,11 +134,40 @@ def test_two_nodes_train_what_one_node_trains(
         assert not list(job.run.glob("rendezvous*"))
 
 
+def test_what_submit_submits_trains(
+    cluster: Cluster, prepared: dict[str, Any], tmp_path: Path, straight: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The script that is checked with --dry-run would not run on a cluster."""
+    for name, value in {**cluster.environment, **_environment(cluster)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(prepared))
+    (tmp_path / "cluster.yaml").write_text("{nodes: 2, gpus_per_node: 1, cpus_per_node: 1, time: '10:00'}")
+    words = ["slurm", "submit", "--config", "config.yaml", "--cluster", "cluster.yaml"]
+    for override in ("run.dir=my runs/small", "checkpoint.every=5 steps", "engine.timeout_s=300", *FSDP):
+        words += ["--set", override]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    job = re.findall(r"job (\d+): 2 ranks", said.out)[0]
+    run = tmp_path / "my runs/small"
+    found = cluster.wait(job, timeout_s=PATIENCE_S, log=run / f"slurm-{job}.out")
+    assert found["JobState"] == "COMPLETED", (run / f"slurm-{job}.out").read_text()
+    one_node = straight(*FSDP)
+    assert rows(run) == rows(one_node)
+    assert weights(run) == weights(one_node)
+
+
 def test_a_job_that_is_cut_short_finishes_by_itself(
     cluster: Cluster, prepared: dict[str, Any], tmp_path: Path, straight: Callable[..., Path]
 ) -> None:
     """A time limit, an administrator, a preemption or a crash would cost the run, or give another model."""
-    options = {"limit": ("--signal=USR1@10",), "torchrun": ("--signal=USR1@10",)}
+    options = {
+        "limit": ("--signal=USR1@60", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2"),
+        "torchrun": ("--signal=USR1@60", "--nodes=2", "--gpus-per-node=0"),
+    }
     names = ("limit", "requeue", "preempted", "crashed", "torchrun")
     jobs = {
         name: Job(
@@ -171,9 +201,9 @@ def test_a_job_that_is_cut_short_finishes_by_itself(
 
 
 def _limit_to_soon(cluster: Cluster, job: str) -> None:
-    """Set the time limit, which is in whole minutes of running time, to the first that is 20 s away or more."""
+    """Set the time limit, which is in whole minutes of running time, to the first that is 70 s away or more."""
     hours, minutes, seconds = (int(part) for part in cluster.show(job)["RunTime"].split("-")[-1].split(":"))
-    limit = (3600 * hours + 60 * minutes + seconds + 20) // 60 + 1
+    limit = (3600 * hours + 60 * minutes + seconds + 70) // 60 + 1
     cluster("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
 
 
@@ -181,7 +211,7 @@ def test_a_run_goes_on_with_the_node_that_is_left(
     cluster: Cluster, prepared: dict[str, Any], tmp_path: Path, straight: Callable[..., Path]
 ) -> None:
     """A broken node would stop a run until somebody looks, or change what it is trained on."""
-    job = Job(cluster, tmp_path, prepared, "node", *FSDP, held=True, options=("--nodes=1-2",))
+    job = Job(cluster, tmp_path, prepared, "node", *FSDP, held=True, options=("--nodes=1-2", "--gpus-per-node=0"))
     job.until_held()
     cluster.kill_node("n1")
     try:
@@ -230,7 +260,7 @@ def test_a_study_is_an_array(cluster: Cluster, prepared: dict[str, Any], tmp_pat
     study = {
         "name": "array",
         "base": "base.yaml",
-        "folder": str(tmp_path / "array"),
+        "dir": str(tmp_path / "array"),
         "grid": {"schedules": [{"name": "cosine"}, {"name": "linear"}], "seeds": [1, 2]},
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))

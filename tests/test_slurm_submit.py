@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,14 @@ def test_a_cluster_file_is_strict(text: str, told: str, tmp_path: Path) -> None:
     assert told in str(refused.value)
 
 
+def test_the_example_of_the_docs_is_a_cluster_file(tmp_path: Path) -> None:
+    """A user who starts from the documented file would be refused."""
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/slurm.md").read_text(), re.DOTALL)
+    path = tmp_path / "cluster.yaml"
+    path.write_text(example)
+    assert read_cluster(path).container.mounts == ["/data:/data"]
+
+
 def test_times_are_read_as_sbatch_reads_them() -> None:
     """The lead would be compared with another limit than the job has."""
     known = {"30": 1800, "1:30": 90, "2:00:00": 7200, "1-12": 129600, "1-12:30": 131400, "1-00:00:05": 86405}
@@ -177,7 +186,7 @@ def test_a_job_starts_again_only_where_that_helps(tmp_path: Path, monkeypatch: p
     ended(run)
     assert decide(run, "7", 0, 143, 20) == (True, "stopped by signal SIGUSR1", [])
     assert decide(run, "7", 19, 143, 20).why == "all 20 attempts are used up"
-    ended(run, outcome="failed", reason="the loss is not finite")
+    ended(run, outcome="failed", reason="the loss is not finite", exit_code=3)
     assert decide(run, "7", 0, 143, 20).again is False
     for restart in (1, 2):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
@@ -232,10 +241,17 @@ def test_a_job_is_told_of_its_end_as_early_as_saving_needs(
 
 
 @pytest.mark.usefixtures("job")
-def test_a_failure_is_on_record_before_any_other_rank_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_on_record_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """srun would answer with the exit code of the ranks it ended, and the mistake would be started again."""
-    with pytest.raises(LlmtrainError), attempts.recorded(tmp_path / "run"):
-        raise LlmtrainError("no data")
+    for step, rank, told in (("0", "1", "error: no data\n"), ("0", "0", ""), ("1", "0", "error: no data\n")):
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        with pytest.raises(SystemExit) as ended, attempts.recorded(tmp_path / "run"):
+            raise LlmtrainError("no data")
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == told
     assert decide(tmp_path / "run", "7", 0, 143, 20).why.startswith("a mistake")
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(LlmtrainError), attempts.recorded(tmp_path / "other"):

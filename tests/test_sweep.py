@@ -139,7 +139,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_never_was(
     straight = write_study(tmp_path / "straight", prepared, grid, **sections)
     killed = write_study(tmp_path / "killed", prepared, grid, **sections)
     ranks.start(tmp_path / "log", 1, sweep_forking, [str(straight), "--at-once", "2"]).succeeded()
-    for attempt, rows in enumerate((3, 27, 47, 70)):
+    for attempt, rows in enumerate((3, 45, 62)):
         before = finished(killed)
         words = [str(killed), "--at-once", "2"]
         running = ranks.start(tmp_path / f"log{attempt}", 1, sweep_forking, words, grouped=True)

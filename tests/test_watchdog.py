@@ -88,6 +88,10 @@ def attempt(prepared: dict[str, Any], tmp_path: Path) -> Callable[..., tuple[lis
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         running = ranks.start(tmp_path / "logs", count, disturbed, str(path), rank, update, how)
+        if how == "die":  # as launchers do
+            running.processes[rank].join(ENDS_WITHIN_S)
+            for process in running.processes:
+                process.terminate()
         return running.wait(ENDS_WITHIN_S), tmp_path / "run", running.text()
 
     return run

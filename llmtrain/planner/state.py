@@ -91,12 +91,14 @@ def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
     gathering = c * block if S > 1 else 0
     reducing = FP32 * block + FP32 * block // S
     gradients = {"gradients": FP32 * shard}
+    late = config.engine.accumulation_sync == "last"  # then gradients are kept whole until the last micro-batch
+    accumulated = FP32 * shard * (S if late else 1) if accumulates else 0
     head = c * config.model.vocab_size * config.model.hidden_size
     return Holdings(
         always={"weights": FP32 * shard, "moments": 2 * FP32 * shard},
-        forward={**(gradients if accumulates else {}), "communication": c * (root + kept) + gathering},
+        forward={"gradients": accumulated, "communication": c * (root + kept) + gathering},
         backward={
-            "gradients": (FP32 * shard if accumulates else 0) + head + c * block,
+            "gradients": accumulated + head + c * block,
             "communication": c * (root + kept) + gathering + 2 * reducing,
         },
         reduce={"gradients": FP32 * shard + c * root, "communication": (c + FP32) * root + FP32 * root // S},

@@ -30,7 +30,7 @@ def decide(run_dir: Path, job: str, restart: int, code: int, attempts: int) -> V
     outcomes = {row["outcome"]: row for row in ended}
     if "finished" in outcomes:
         return Verdict(False, "the run is finished")
-    if "failed" in outcomes or code in MISTAKES:
+    if code in MISTAKES or any(row.get("exit_code") in MISTAKES for row in ended):
         return Verdict(False, "a mistake, which another start would make again: see the message above")
     if "stopped" in outcomes and outcomes["stopped"]["reason"].startswith("the file "):
         return Verdict(False, f"it was asked to stop: {outcomes['stopped']['reason']}")

@@ -39,7 +39,7 @@ class Cluster(Section):
     reservation: str | None = None
     nodes: PositiveInt = 1
     gpus_per_node: int = Field(8, ge=0, description="0: one task a node, on its CPUs")
-    cpus_per_task: PositiveInt | None = None
+    cpus_per_node: PositiveInt | None = Field(None, description="for all ranks of a node; null: the partition's")
     time: str = Field("24:00:00", description="limit of one attempt, as sbatch takes it")
     attempts: PositiveInt = Field(20, description="starts of one job, at most")
     lead_s: PositiveInt = Field(300, description="tasks are told so long before the limit, until it was measured")

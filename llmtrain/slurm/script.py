@@ -19,9 +19,8 @@ _INTRODUCTION = """\
 _HEADER = """\
 #SBATCH --job-name=llmtrain
 #SBATCH --nodes=2
-#SBATCH --gpus-per-node=8          # without GPUs: --gpus-per-node=0 --ntasks-per-node=1
-#SBATCH --ntasks-per-node=8        # one task a GPU
-#SBATCH --cpus-per-task=8
+#SBATCH --gpus-per-node=8          # one rank each; 0: one rank a node, on its CPUs
+#SBATCH --cpus-per-task=64         # of a node, for all its ranks
 #SBATCH --time=24:00:00            # of one attempt
 #SBATCH --signal=USR1@300          # the tasks are told so many seconds before the limit; they save, and end
 #SBATCH --requeue
@@ -54,8 +53,7 @@ def run_script(
         "job-name": name,
         "nodes": nodes,
         **({"gpus-per-node": str(gpus)} if gpus else {}),
-        "ntasks-per-node": str(max(1, gpus)),
-        "cpus-per-task": cluster.cpus_per_task,
+        "cpus-per-task": cluster.cpus_per_node,
         "time": time,
         "signal": f"USR1@{lead_s}",
         "partition": cluster.partition,

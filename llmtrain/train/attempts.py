@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,14 +47,26 @@ def note(run_dir: Path, event: str, **facts: Any) -> None:
 def recorded(run_dir: Path) -> Iterator[None]:
     """Note a mistake inside the block, in a Slurm job: who decides whether it is started again must know of it.
 
-    srun's exit code does not tell: where one rank fails and the others are ended, it is theirs.
+    srun's exit code does not tell: where one rank fails and the others are ended, it is theirs. Of the nodes that make
+    the same one, the first to note it tells it.
     """
     try:
         yield
     except LlmtrainError as error:
-        if job_of(os.environ) and first_of_node(os.environ) and not isinstance(error, RankError):
-            note(run_dir, "ended", outcome="failed", reason=str(error), exit_code=error.exit_code)
-        raise
+        if job_of(os.environ) is None or not first_of_node(os.environ) or isinstance(error, RankError):
+            raise
+        same = {"outcome": "failed", "reason": str(error), "step": os.environ.get("SLURM_STEP_ID")}
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+        note(run_dir, "ended", **same, exit_code=error.exit_code, rank=rank)
+        alike = [row for row in read_attempts(run_dir) if _alike(row, same)]
+        if not alike or alike[0]["rank"] == rank:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def _alike(row: dict[str, Any], same: Mapping[str, Any]) -> bool:
+    """Whether a row notes this failure of this start of this job."""
+    return (row["job"], row["restart"]) == job_of(os.environ) and same.items() <= row.items()
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 The range test (Smith 2017, arXiv:1506.01186): from the start of a run, or from a checkpoint, every update takes a rate
 that is a fixed factor above the last, on the batches a run would get, until the loss has clearly risen. The edge is the
 last rate before it rose. It says where training breaks within a few updates, and that lies above the best peak of a
-long run: the peaks to sweep are 3 to 30 times lower. Losses of single batches jump, so each is smoothed to the median
-of the five around it, which does not lag behind as a moving average does. Weight decay is left out: in so few updates
-it does nothing, and at rates that no run uses it does harm of its own.
+long run: the peaks to sweep are 3 to 30 times lower. The more updates are made at about one rate, the less each may do,
+so edges compare only where the range and the number of updates are the same. Losses of single batches jump, so each is
+smoothed to the median of the five around it, which does not lag behind as a moving average does. Weight decay is left
+out: in so few updates it does nothing, and at rates that no run uses it does harm of its own.
 
 Afterwards weights, moments and generators are what they were, bit for bit, and nothing was written.
 """
@@ -38,7 +39,7 @@ from llmtrain.train.start import InitialValues
 
 RISE = 0.02  # of the best smoothed loss: what counts as risen
 GIVE_UP = 1.25  # times the best: risen so far that the test ends
-NOISE = 2.5  # times the median bend from one loss to the next but one: less than this is no rise either
+NOISE = 3.0  # times the median bend from one loss to the next but one: less than this is no rise either
 FEWEST = 20  # updates from which an edge can be told
 
 

@@ -13,23 +13,20 @@ suspended is not ended for it.
 
 import contextlib
 import faulthandler
-import importlib
 import os
 import secrets
-import shutil
-import subprocess
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
-import llmtrain
 from llmtrain.config import Config
 from llmtrain.distributed import World, node_name
 from llmtrain.errors import LlmtrainError, RankError
@@ -47,16 +44,13 @@ from llmtrain.train.failures import (
     write_report,
 )
 from llmtrain.train.metrics import MetricsLog
+from llmtrain.train.stacks import doing, flight_recorder, native_stacks, raised_at
 
 BEATS_PER_S = 100  # of all ranks together: a shared file system bears so many writes
 GRACE_S = 2.0  # at least, for other ranks to write what they do, or to end by themselves
 LEAVE_S = 60.0  # in which a rank that failed must be gone: destroying a process group can hang
 PREFLIGHT_S = 60
 END_S = 120  # more than wandb and a save under way are waited for at the end
-PY_SPY_S = 20
-
-_PACKAGE = str(Path(llmtrain.__file__).parent) + os.sep
-_COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
 
 
 class Call(NamedTuple):
@@ -113,7 +107,9 @@ class Watchdog:
         self._neighbour: tuple[int, float] = (-1, 0.0)  # its last beat, and when that was new
         self._called_at: float | None = None  # when trouble elsewhere was first seen
         self._leave_by: float | None = None
-        self._exit_code = 1
+        self._exit_code = RankError.exit_code
+        self._left = False  # this rank wrote how it ended
+        self._writing = threading.Lock()
         self._ending = threading.Lock()
         self._over = threading.Event()
         self._main = threading.get_ident()
@@ -127,21 +123,17 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Raises RankError where the error is that another rank was lost."""
-        if error is None:
+        if error is None or self.size == 1:
             self._stop()
             heartbeat_path(self.run_dir, self.rank).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # until the last rank is gone
                 heartbeat_path(self.run_dir, self.rank).parent.rmdir()
             return
-        if self.size == 1:
-            self._stop()
-            self._beat("failed", error)
-            return
-        self._exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
         self._leave_by = self.clock + LEAVE_S + self.grace_s
         if lost_peer(error):
-            self._exit_code = RankError.exit_code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that saw it too: the report comes first
             raise RankError(self._end("the connection to another rank was lost", error)) from None
+        self._exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
         self._beat("failed", error)
 
     def at(self, phase: str) -> None:
@@ -186,7 +178,6 @@ class Watchdog:
             reason = self._trouble()
             if reason:
                 self._end(reason)
-                sys.stderr.flush()
                 os._exit(self._exit_code)
 
     def _limit(self) -> tuple[float, str]:
@@ -196,7 +187,6 @@ class Watchdog:
         """Why the job must end now; empty where it need not."""
         call = self.call
         limit, field = self._limit()
-        self._exit_code = RankError.exit_code
         if self.clock - call.since > limit:
             return f"no progress for {limit:g} s ({field}) in update {self.update}, {call.phase}"
         if self.size == 1:
@@ -215,7 +205,7 @@ class Watchdog:
         beat = read_heartbeat(self.run_dir, rank, self.job)
         if beat is None:
             return ""
-        if beat.state == "failed" and _doing(self._main)[1]:
+        if beat.state == "failed" and doing(self._main)[1]:
             self._exit_code = beat.exit_code if beat.exit_code > 1 else RankError.exit_code
             return f"rank {rank} failed"
         if beat.count != self._neighbour[0]:
@@ -235,8 +225,10 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._dump(reason, error)
         deadline = time.monotonic() + self.grace_s * (1 if reports else 3)
-        while time.monotonic() < deadline and (report := read_report(self.folder)) is None:
+        report = None
+        while report is None and time.monotonic() < deadline:
             time.sleep(0.05)
+            report = read_report(self.folder)
         if reports:
             after = [read_heartbeat(self.run_dir, rank, self.job) for rank in range(self.size)]
             report = compose(self.attempt, reason, judge(before, after, self.hosts, broke=error is not None), after)
@@ -255,28 +247,32 @@ class Watchdog:
         return True
 
     def _beat(self, state: Literal["running", "stopped", "failed"], error: BaseException | None = None) -> None:
-        self._beats += 1
+        """Write what this rank does now. How it ended is its last word, whichever thread wrote it."""
         call = self.call
-        at, waits = _doing(self._main)
+        at, waits = doing(self._main)
         if error is not None:  # the main thread is no longer where it was
-            at, waits = _raised_at(error), lost_peer(error)
-        beat = Heartbeat(
-            job=self.job,
-            rank=self.rank,
-            host=self.hosts[self.rank],
-            pid=os.getpid(),
-            state=state,
-            update=self.update,
-            phase=call.phase,
-            calls=call.number,
-            in_phase_s=round(self.clock - call.since, 1),
-            at=at,
-            waits=waits,
-            count=self._beats,
-            exit_code=self._exit_code if state == "failed" else 0,
-            error="" if error is None else f"{type(error).__name__}: {error}",
-        )
-        with contextlib.suppress(OSError):
+            at, waits = raised_at(error), lost_peer(error)
+        with self._writing, contextlib.suppress(OSError):
+            if self._left and state == "running":
+                return
+            self._left = state != "running"
+            self._beats += 1
+            beat = Heartbeat(
+                job=self.job,
+                rank=self.rank,
+                host=self.hosts[self.rank],
+                pid=os.getpid(),
+                state=state,
+                update=self.update,
+                phase=call.phase,
+                calls=call.number,
+                in_phase_s=round(self.clock - call.since, 1),
+                at=at,
+                waits=waits,
+                count=self._beats,
+                exit_code=self._exit_code if state == "failed" else 0,
+                error="" if error is None else f"{type(error).__name__}: {error}",
+            )
             write_heartbeat(self.run_dir, beat)
 
     def _dump(self, reason: str, error: BaseException | None) -> None:
@@ -288,8 +284,8 @@ class Watchdog:
                 file.write("".join(traceback.format_exception(type(error), error, error.__traceback__)) + "\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-            file.write(_native_stacks())
-        if recorded := _flight_recorder():
+            file.write(native_stacks())
+        if recorded := flight_recorder():
             path.with_suffix(".collectives.json").write_text(recorded)
 
 
@@ -313,53 +309,3 @@ def attempt_name(run_dir: Path) -> str:
         again += 1
         name = f"{number}.{again}"
     return f"{name}\n{secrets.token_hex(8)}"
-
-
-def _doing(main: int) -> tuple[str, bool]:
-    """The main thread's innermost line of llmtrain, and whether any thread is inside a collective."""
-    frames = sys._current_frames()
-    waits = any(_innermost(frame) for thread, frame in frames.items() if thread != threading.get_ident())
-    frame: FrameType | None = frames.get(main)
-    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    if frame is None:
-        return "", waits
-    return _line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name), waits
-
-
-def _innermost(frame: FrameType) -> bool:
-    return any(part in frame.f_code.co_filename for part in _COLLECTIVES)
-
-
-def _raised_at(error: BaseException) -> str:
-    """The innermost line of llmtrain that an error passed."""
-    own = [entry for entry in traceback.extract_tb(error.__traceback__) if entry.filename.startswith(_PACKAGE)]
-    return _line(own[-1].filename, own[-1].lineno or 0, own[-1].name) if own else ""
-
-
-def _line(path: str, number: int, function: str) -> str:
-    return f"{path.removeprefix(_PACKAGE)}:{number} {function}"
-
-
-def _native_stacks() -> str:
-    """The stacks with those of C and C++, where py-spy is there to tell them."""
-    beside = Path(sys.executable).with_name("py-spy")
-    program = str(beside) if beside.exists() else shutil.which("py-spy")
-    if program is None:
-        return ""
-    words = [program, "dump", "--native", "--pid", str(os.getpid())]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PY_SPY_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"\npy-spy: {error}\n"
-    return f"\n{done.stdout}{done.stderr}"
-
-
-def _flight_recorder() -> str:
-    """The last collectives of this rank as JSON, where this torch keeps them."""
-    module = importlib.import_module("torch._C._distributed_c10d")
-    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
-        with contextlib.suppress(AttributeError, RuntimeError, TypeError):
-            recorded = getattr(module, name)()
-            return recorded.decode() if isinstance(recorded, bytes) else str(recorded)
-    return ""

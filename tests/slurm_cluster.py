@@ -162,8 +162,12 @@ class Cluster:
         assert path is not None
         environment = {**self.environment, "SLURMD_NODENAME": name}  # the steps of a node inherit it
         with (self.folder / f"{name}.out").open("ab") as output:
-            self.daemons[name] = subprocess.Popen(
-                [path, *words], env=environment, stdout=output, stderr=output, start_new_session=True
+            self.daemons[name] = subprocess.Popen(  # they end with this process, even where it is killed
+                ["setpriv", "--pdeathsig=KILL", path, *words],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def _processes(self, node: str | None = None) -> list[int]:

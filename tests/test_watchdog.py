@@ -56,6 +56,8 @@ def disturbed(path: str, rank: int, update: int, how: str) -> None:
     from llmtrain.train.run import train
 
     def build(config: Config, world: World) -> Engine:
+        if how == "start slowly":
+            time.sleep(4)
         engine = average.build(config, world)
         train_step, count = engine.train_step, itertools.count(1)
 
@@ -149,7 +151,8 @@ def test_a_rank_that_ends_alone_takes_the_others_with_it(attempt: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("how", "timeout_s", "code"), [("save slowly", 60, 0), ("save slowly", 1, 4), ("be suspended", 60, 0)]
+    ("how", "timeout_s", "code"),
+    [("save slowly", 60, 0), ("save slowly", 1, 4), ("be suspended", 60, 0), ("start slowly", 60, 0)],
 )
 def test_what_is_slow_for_a_reason_is_not_ended(
     attempt: Callable[..., Any], how: str, timeout_s: int, code: int

@@ -102,7 +102,7 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
             "updates": steps,
             **_speed(config, world, seconds),
             "phases_s": {"data": round(median(waited), 6), **phases},
-            "batches_tokens_per_s": round(fed),
+            "batches_tokens_per_s": fed,
             "memory_gib": round(peak_gib, 3),
             "planned_gib": round(_planned(config, world) / 2**30, 3),
             "collectives": _collectives(world),
@@ -111,12 +111,12 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
     return result if world.first else None
 
 
-def _feed(config: Config, world: World) -> tuple[str, float, Iterator[list[Batch]]]:
+def _feed(config: Config, world: World) -> tuple[str, int | None, Iterator[list[Batch]]]:
     """What is trained on, how fast it is read alone (tokens/s of this rank), and the micro-batches of every update."""
     try:
         data = open_data(config.data.path)
     except DataError:
-        return "random tokens", float("nan"), _random(config, world)
+        return "random tokens", None, _random(config, world)
     check_data(config, data)
     batches = TrainBatches(
         data,
@@ -132,7 +132,7 @@ def _feed(config: Config, world: World) -> tuple[str, float, Iterator[list[Batch
     return str(data.path), _reading(config, batches, world), batches.iterate(1, 10**9)
 
 
-def _reading(config: Config, batches: TrainBatches, world: World) -> float:
+def _reading(config: Config, batches: TrainBatches, world: World) -> int:
     """Tokens a second that this rank reads, orders and batches, with nothing else to do."""
     batches.update(1)
     begin = time.perf_counter()
@@ -140,7 +140,7 @@ def _reading(config: Config, batches: TrainBatches, world: World) -> float:
     while time.perf_counter() - begin < 0.2:
         made += 1
         batches.update(made)
-    return made * config.batch.tokens / world.size / (time.perf_counter() - begin)
+    return round(made * config.batch.tokens / world.size / (time.perf_counter() - begin))
 
 
 def _random(config: Config, world: World) -> Iterator[list[Batch]]:

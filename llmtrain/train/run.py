@@ -72,7 +72,6 @@ def train(
         _tell(world, require_alike(config, data, held_out, world))
         with hold_run(Path(config.run.dir), world) as lock, Watchdog(config, world) as watchdog:
             torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
-            watchdog.at("preflight")
             _tell(world, measure(world))
             _tell(world, _too_large(config, world))
             watchdog.at("start")

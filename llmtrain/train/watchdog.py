@@ -101,7 +101,7 @@ class Watchdog:
         self.grace_s = max(GRACE_S, 2.5 * self.beat_s)  # srun and torchrun end all 30 s after the first
         self.update = 0
         self.clock = 0.0
-        self.call = Call("start", 0, 0.0)
+        self.call = Call("preflight", 0, 0.0)
         self._known = {"loop"}
         self._beats = 0
         self._neighbour: tuple[int, float] = (-1, 0.0)  # its last beat, and when that was new

@@ -83,14 +83,12 @@ def growth(steps: int) -> dict[str, dict[int, dict[str, float]]]:
             (n, n, {"engine__kind": "fsdp", "batch__micro": 2, "batch__global_sequences": 24}) for n in (1, 2, 3, 4)
         ],
     }
-    return {
-        name: {
-            at: {key: found[key] for key in kept}
-            for at, ranks, changes in some
-            for found in [bench(ranks, steps, **changes)]
-        }
-        for name, some in runs.items()
-    }
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for name, some in runs.items():
+        for at, ranks, changes in some:
+            result = bench(ranks, steps, **changes)
+            found.setdefault(name, {})[at] = {key: result[key] for key in kept}
+    return found
 
 
 def memory_growth(updates: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from llmtrain.cli import main
 from llmtrain.distributed import World
 from llmtrain.train.stop import StopRequest
 
-PATIENCE_S = 240
+PATIENCE_S = 600
 
 
 def hold(update: int) -> None:

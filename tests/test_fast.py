@@ -129,7 +129,8 @@ def test_the_fast_path_has_the_losses_of_the_plain_one(
 ) -> None:
     """Speed would be paid for with another training: the bound is 1e-4 over 100 updates in fp32."""
     path = tmp_path / "losses.json"
-    ranks.start(tmp_path, 1, write_losses, config_with(**engine), path).succeeded()
+    started = ranks.start(tmp_path, 1, write_losses, config_with(**engine), path)
+    assert started.wait(timeout=300) == [0], started.text()  # compiling takes long on a busy machine
     np.testing.assert_allclose(json.loads(path.read_text()), plain, rtol=0, atol=1e-4)
 
 

@@ -27,9 +27,9 @@ ROOT = Path(__file__).parent.parent
 CLOCK = ("step_time_s", "tokens_per_s", "mfu", "memory_gib", "attempt")  # what no two runs have alike
 ZERO2 = ("engine.kind=deepspeed", "engine.zero_stage=2")
 FSDP = ("engine.kind=fsdp",)
-SMALL = ("--cpus-per-task=1", "--time=10")
+SMALL = ("--cpus-per-task=1", "--time=60")
 HELD = 10  # the update after which a held job waits
-PATIENCE_S = 300
+PATIENCE_S = 600
 Leg = Callable[..., ranks.Ranks]
 
 
@@ -48,7 +48,7 @@ class Job:
             batch = _with_held_door(batch, folder)
             environment["HELD_AFTER"] = str(HELD)
         words: list[str] = []
-        for override in (f"run.dir={self.run}", "checkpoint.every=5 steps", "engine.timeout_s=300", *overrides):
+        for override in (f"run.dir={self.run}", "checkpoint.every=5 steps", "engine.timeout_s=900", *overrides):
             words += ["--set", override]
         size = () if any(option.startswith("--nodes") for option in options) else ("--nodes=2", "--gpus-per-node=0")
         self.number = cluster.submit(
@@ -114,7 +114,8 @@ def straight(leg: Leg, tmp_path: Path) -> Callable[..., Path]:
 
     def train(*overrides: str) -> Path:
         name = f"straight_{overrides[0].partition('=')[2]}"
-        leg(name, 2, "checkpoint.every=5 steps", "engine.timeout_s=300", *overrides).succeeded()
+        running = leg(name, 2, "checkpoint.every=5 steps", "engine.timeout_s=900", *overrides)
+        assert running.wait(PATIENCE_S) == [0, 0], running.text()
         return tmp_path / name
 
     return train
@@ -145,7 +146,7 @@ def test_what_submit_submits_trains(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(prepared))
     (tmp_path / "cluster.yaml").write_text("{nodes: 2, gpus_per_node: 1, cpus_per_node: 1, time: '10:00'}")
     words = ["slurm", "submit", "--config", "config.yaml", "--cluster", "cluster.yaml"]
-    for override in ("run.dir=my runs/small", "checkpoint.every=5 steps", "engine.timeout_s=300", *FSDP):
+    for override in ("run.dir=my runs/small", "checkpoint.every=5 steps", "engine.timeout_s=900", *FSDP):
         words += ["--set", override]
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -165,8 +166,8 @@ def test_a_job_that_is_cut_short_finishes_by_itself(
 ) -> None:
     """A time limit, an administrator, a preemption or a crash would cost the run, or give another model."""
     options = {
-        "limit": ("--signal=USR1@60", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2"),
-        "torchrun": ("--signal=USR1@60", "--nodes=2", "--gpus-per-node=0"),
+        "limit": ("--signal=USR1@240", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2"),
+        "torchrun": ("--signal=USR1@240", "--nodes=2", "--gpus-per-node=0"),
     }
     names = ("limit", "requeue", "preempted", "crashed", "torchrun")
     jobs = {
@@ -201,9 +202,12 @@ def test_a_job_that_is_cut_short_finishes_by_itself(
 
 
 def _limit_to_soon(cluster: Cluster, job: str) -> None:
-    """Set the time limit, which is in whole minutes of running time, to the first that is 70 s away or more."""
+    """Set the time limit, in whole minutes of running time, to one so near that Slurm signals when it looks next.
+
+    It looks every 30 s. The minutes that are left then are for a busy machine.
+    """
     hours, minutes, seconds = (int(part) for part in cluster.show(job)["RunTime"].split("-")[-1].split(":"))
-    limit = (3600 * hours + 60 * minutes + seconds + 70) // 60 + 1
+    limit = (3600 * hours + 60 * minutes + seconds + 180) // 60 + 1
     cluster("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
 
 

@@ -5,7 +5,7 @@ With a document mask, `document_ids` numbers the documents of each sequence from
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
@@ -102,7 +102,7 @@ class TrainBatches:
         """Samples consumed through update k, over the whole run."""
         return self._since.through(k, self._sequences)
 
-    def iterate(self, first_update: int, last_update: int) -> Iterator[list[Batch]]:
+    def iterate(self, first_update: int, last_update: int) -> Generator[list[Batch], None, None]:
         """`update(first_update)` to `update(last_update)`, read ahead by a thread that ends with this generator."""
         ready: Queue[list[Batch] | BaseException] = Queue(maxsize=_AHEAD)
         stop = threading.Event()

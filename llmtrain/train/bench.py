@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
@@ -111,7 +111,7 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
     return result if world.first else None
 
 
-def _feed(config: Config, world: World) -> tuple[str, int | None, Iterator[list[Batch]]]:
+def _feed(config: Config, world: World) -> tuple[str, int | None, Generator[list[Batch], None, None]]:
     """What is trained on, how fast it is read alone (tokens/s of this rank), and the micro-batches of every update."""
     try:
         data = open_data(config.data.path)
@@ -143,7 +143,7 @@ def _reading(config: Config, batches: TrainBatches, world: World) -> int:
     return round(made * config.batch.tokens / world.size / (time.perf_counter() - begin))
 
 
-def _random(config: Config, world: World) -> Iterator[list[Batch]]:
+def _random(config: Config, world: World) -> Generator[list[Batch], None, None]:
     generator = torch.Generator().manual_seed(config.run.seed + world.rank)
     shape = (config.batch.micro, config.batch.seq_len + 1)
     while True:

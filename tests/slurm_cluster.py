@@ -25,7 +25,7 @@ NODES = ("n0", "n1")
 CPUS = 8
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
-LEFT_WAITING = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 def missing() -> str:
@@ -127,7 +127,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while True:
             found = self.show(job)
-            if found["JobState"] not in LEFT_WAITING:
+            if found["JobState"] in OVER:
                 return found
             if found["JobState"] == "PENDING" and found["Restarts"] != "0" and found["Reason"] == "BeginTime":
                 self.hurry(job)

@@ -20,7 +20,7 @@ from llmtrain.cli import main
 from llmtrain.train.attempts import read_attempts
 from llmtrain.train.metrics import read_metrics
 from tests import ranks
-from tests.slurm_cluster import Cluster
+from tests.slurm_cluster import OVER, Cluster
 from tests.test_resume import weights
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ class Job:
         deadline = time.monotonic() + PATIENCE_S
         while not (self.run / "metrics.jsonl").exists() or updates(self.run) != list(range(1, HELD + 1)):
             state = self.cluster.show(self.number)["JobState"]
-            assert time.monotonic() < deadline and state in ("PENDING", "RUNNING"), f"{state}\n{self.text()}"
+            assert time.monotonic() < deadline and state not in OVER, f"{state}\n{self.text()}"
             time.sleep(0.1)
 
     def over(self) -> dict[str, str]:

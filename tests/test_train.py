@@ -211,7 +211,7 @@ def test_a_run_stopped_at_its_last_update_is_validated_when_it_is_started_again(
 def test_validation_keeps_what_each_document_cost(leg: Leg, prepared: dict[str, Any], tmp_path: Path) -> None:
     """The noise of the validation text could not be told from a difference between schedules."""
     for name, count, more in (("one", 1, ()), ("two", 2, ("engine.kind=fsdp",))):
-        leg(name, count, *more, "validation.max_tokens=null").succeeded()
+        leg(name, count, *more, "validation.max_tokens=null", "run.stop_at=3 steps").succeeded()
     one, two = (np.load(tmp_path / name / DOCUMENTS_FILE) for name in ("one", "two"))
     row = read_metrics(tmp_path / "one")[-1]
     assert np.array_equal(one[:, 1], two[:, 1])

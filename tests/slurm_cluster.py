@@ -119,8 +119,8 @@ class Cluster:
         return dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", said))
 
     def hurry(self, job: str) -> None:
-        """Start a requeued job now, not in two minutes."""
-        self("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        """Start a requeued job now, not in two minutes, with an hour to run whatever limit it had."""
+        self("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60", check=False)
 
     def wait(self, job: str, *, timeout_s: float = 180, log: Path | None = None) -> dict[str, str]:
         """Wait until a job is over, through all its requeues; returns `show`. Fails with the log on a timeout."""

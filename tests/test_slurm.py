@@ -68,6 +68,14 @@ class Job:
             assert time.monotonic() < deadline and state not in OVER, f"{state}\n{self.text()}"
             time.sleep(0.1)
 
+    def started_again(self) -> None:
+        """Wait until the job is back in the queue, and start it at once."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (found := self.cluster.show(self.number))["Restarts"] == "0" or found["JobState"] == "COMPLETING":
+            assert time.monotonic() < deadline and found["JobState"] not in OVER, f"{found}\n{self.text()}"
+            time.sleep(0.1)
+        self.cluster.hurry(self.number)
+
     def over(self) -> dict[str, str]:
         """Wait for the end of the job, through its restarts; what `scontrol show job` says then."""
         return self.cluster.wait(self.number, timeout_s=PATIENCE_S, log=self.log)
@@ -187,6 +195,8 @@ def test_a_job_that_is_cut_short_finishes_by_itself(
     jobs["crashed"].until_held()
     os.kill(cluster.pids(jobs["crashed"].number, "n1")[0], signal.SIGKILL)
 
+    for job in jobs.values():
+        job.started_again()
     expected = straight(*FSDP)
     for name, job in jobs.items():
         job.finished(restarts=1)

@@ -31,7 +31,6 @@ TORCH = "torch==2.13.0"
 ENVIRONMENTS = {
     "hf": ("transformers==5.23.0", "accelerate==1.15.0"),
     "litgpt": ("litgpt==0.5.13",),
-    "torchtitan": ("torchtitan==0.3.0",),
     "deepspeed": ("deepspeed==0.19.8", "transformers==5.23.0"),
 }
 
@@ -250,7 +249,7 @@ def main() -> None:
         for row in rows:
             ratios = ", ".join(f"{one} {low}-{mid}-{high}" for one, (low, mid, high) in row["ratios_cpu"].items())
             print(f"  {row['peer']:30} {row['tokens_per_wall_s']:8.0f} {row['tokens_per_cpu_s']:8.0f}   {ratios}")
-        kept["command"] = "make bench-peers"
+        kept["command"] = " ".join(["python -m tests.benchmarks.peers.compare", *sys.argv[1:]])
         kept["versions"] = {"torch": TORCH, **ENVIRONMENTS}
         if given.out is not None:
             given.out.write_text(json.dumps(kept, indent=1) + "\n")

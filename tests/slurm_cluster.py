@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,11 @@ class Cluster:
         return dict(re.findall(r"(?:^|\s)([A-Za-z:/]+)=(\S*)", said))
 
     def hurry(self, job: str) -> None:
-        """Start a requeued job now, not in two minutes, with an hour to run whatever limit it had."""
+        """Start a requeued job now, not in two minutes, with an hour to run whatever limit it had.
+
+        Some seconds must lie between: a node refuses a job with the credentials of the second in which it ended it.
+        """
+        self._until(lambda: self._requeued_s(job) > 3, f"job {job} to be in the queue")
         self("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60", check=False)
 
     def wait(self, job: str, *, timeout_s: float = 180, log: Path | None = None) -> dict[str, str]:
@@ -169,6 +174,10 @@ class Cluster:
                 stderr=output,
                 start_new_session=True,
             )
+
+    def _requeued_s(self, job: str) -> float:
+        """Seconds since a job came (back) into the queue."""
+        return (datetime.now() - datetime.fromisoformat(self.show(job)["SubmitTime"])).total_seconds()
 
     def _processes(self, node: str | None = None) -> list[int]:
         return [pid for pid, _ in self._found(node)]

@@ -263,7 +263,7 @@ def test_what_blocks_keep_is_what_was_planned(monkeypatch: pytest.MonkeyPatch) -
         c, n, D = 4, MICRO * SEQ_LEN, config.model.hidden_size
         planned = activations.micro_batch(config, "cpu").backward["activations"]
         head = c * D * (config.model.vocab_size + 2 * n)  # the gradients that wait, and the last norm's input
-        assert kept == pytest.approx(planned + head, rel=0.05), choice
+        assert abs(kept - (planned + head)) <= 0.05 * (planned + head), choice
 
 
 class KeepsItsInput(torch.autograd.Function):

@@ -106,11 +106,11 @@ def lrs(run: Path) -> list[float]:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Every file below a folder, and the hash of its bytes."""
+    """Every file of a run, and the hash of its bytes; not the heartbeats, in which ranks say when and how they ended."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.parent.name != "ranks"
     }
 
 

@@ -265,7 +265,8 @@ def test_a_terminal_shows_every_run_and_how_long_it_takes(study: MakeStudy) -> N
 def test_the_shipped_studies_are_what_they_say() -> None:
     """A user's first sweep would end in an error, or in other runs than its first line promises."""
     planned = {path.stem: plan_study(path) for path in STUDIES}
-    assert {name: len(one.runs) for name, one in planned.items()} == {"ablation": 18, "cooldowns": 15, "peaks": 30}
+    sizes = {"ablation": 18, "cooldowns": 15, "law": 4, "peaks": 30}
+    assert {name: len(one.runs) for name, one in planned.items()} == sizes
     ablation = planned["ablation"].runs
     assert len({run.cell for run in ablation}) == 6 and {run.config.run.seed for run in ablation} == {1, 2, 3}
     assert {run.schedule.name for run in ablation} == {"cosine", "linear", "step"}

@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	llmtrain compare runs/demo_cosine runs/demo_linear --png runs/demo.png
 
 test: $(VENV)/installed-test
-	python -m pytest -n 2
+	python -m pytest -n 3 --dist worksteal
 
 lint: $(VENV)/installed-test
 	ruff check .

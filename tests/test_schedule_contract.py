@@ -106,7 +106,7 @@ def lrs(run: Path) -> list[float]:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Every file of a run, and the hash of its bytes; not the heartbeats, in which ranks say when and how they ended."""
+    """Every file of a run, and the hash of its bytes; but for heartbeats, which say when and how ranks ended."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

@@ -25,7 +25,7 @@ environment: $(VENV)/installed-test
 
 # How fast beside others, each in an environment of its own under build/peers.
 bench-peers: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 python -m tests.benchmarks.peers.compare --out tests/benchmarks/results/peers.json
+	python -m tests.benchmarks.peers.compare --out tests/benchmarks/results/peers.json
 
 # torch first: with it in place, nothing else decides which build of it is taken.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -38,7 +38,8 @@ def import_(
     into: Annotated[Path, typer.Argument(metavar="INTO", help="A new folder.")],
 ) -> None:
     """Turn a Hugging Face LLaMA folder into weights that a run can start from."""
-    from llmtrain.checkpoint.hf_import import MODEL_FILE, import_folder
+    from llmtrain.checkpoint.hf_import import import_folder
+    from llmtrain.checkpoint.imported import MODEL_FILE
     from llmtrain.model.size import parameter_count
 
     model = import_folder(source, into)

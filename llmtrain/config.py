@@ -9,7 +9,6 @@ derived. Reading files, `--set` overrides and error messages live in `llmtrain.c
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -18,8 +17,6 @@ from typing_extensions import Self
 from llmtrain.errors import ConfigError, did_you_mean
 from llmtrain.presets import PRESETS
 from llmtrain.units import Length, parse_batch_tokens
-
-IMPORT_FILE = "import.json"
 
 Fraction01 = Annotated[float, Field(ge=0, le=1)]
 
@@ -457,39 +454,6 @@ class Config(Section):
     def checkpoint_url(self) -> str:
         """Where the run's checkpoints lie."""
         return self.checkpoint.dir or f"{self.run.dir}/checkpoints"
-
-    def trajectory(self, data_hash: str) -> dict[str, Any]:
-        """What shapes the loss at a given learning rate. A checkpoint is resumed only where this is equal.
-
-        Engine, world size and micro-batch are not in it: they change nothing but rounding. The schedule has a hash of
-        its own. Raises ConfigError where `run.init_from` is no folder of imported weights.
-        """
-        imported = {} if self.run.init_from is None else {"init_from": read_import(self.run.init_from)["weights_hash"]}
-        return {
-            **imported,
-            "seed": self.run.seed,
-            "model": self.model.model_dump(mode="json", exclude={"preset"}),
-            "data": data_hash,
-            "document_mask": self.data.document_mask,
-            "batch": {"sequences": self.batch.sequences, "seq_len": self.batch.seq_len},
-            "optim": self.optim.model_dump(mode="json"),
-            "precision": self.engine.precision,
-        }
-
-
-def read_import(folder: str) -> dict[str, Any]:
-    """What `run.init_from` says of its weights: the hash of each (`weights`) and of all (`weights_hash`)."""
-    path = Path(folder) / IMPORT_FILE
-    remedy = f"write the folder with: llmtrain import HF_FOLDER {folder}"
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"run.init_from: cannot read {path}: {error.strerror}; {remedy}") from None
-    except ValueError:
-        values = None
-    if not (isinstance(values, dict) and isinstance(values.get("weights"), dict) and values.get("weights_hash")):
-        raise ConfigError(f"run.init_from: {path} is damaged: delete the folder, and {remedy}")
-    return values
 
 
 def content_hash(value: Any) -> str:

@@ -58,20 +58,25 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read the YAML file at `path`, apply `a.b=value` overrides, validate. Raises ConfigError naming every fault."""
-    path = Path(path)
+    values = read_mapping(Path(path), "config", Config)
+    for override in overrides or []:
+        apply_override(values, override)
+    return validate(values, f"config {path}")
+
+
+def read_mapping(path: Path, what: str, section: type[BaseModel]) -> dict[str, Any]:
+    """The YAML file at `path` with the keys of `section`, not validated. Raises ConfigError that calls it `what`."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise ConfigError(f"cannot read config {path}: {error.strerror}{near}") from None
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}{near}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path} is not UTF-8 text: {error.reason}") from None
-    values = parse_yaml(text, f"config {path}")
+        raise ConfigError(f"{what} {path} is not UTF-8 text: {error.reason}") from None
+    values = parse_yaml(text, f"{what} {path}")
     if not isinstance(values, dict):
-        raise ConfigError(f"config {path} must be a mapping with sections {', '.join(Config.model_fields)}")
-    for override in overrides or []:
-        apply_override(values, override)
-    return validate(values, f"config {path}")
+        raise ConfigError(f"{what} {path} must be a mapping with {', '.join(section.model_fields)}")
+    return values
 
 
 def checkpoints_of(run_dir: Path) -> str:

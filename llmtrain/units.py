@@ -41,6 +41,12 @@ def parse_batch_tokens(value: int | str) -> int:
     return found
 
 
+def show_bytes(count: int) -> str:
+    """`1.50 GiB`, or in the smaller unit that leaves something before the point."""
+    power = min(3, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.{2 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+
+
 @dataclass(frozen=True)
 class Length:
     """A length of training as the user wrote it. `value` counts steps or tokens, or is a percentage of the horizon."""

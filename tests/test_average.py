@@ -19,9 +19,7 @@ from llmtrain.checkpoint.store import open_checkpoint
 from llmtrain.cli import main
 from llmtrain.config import Config
 from llmtrain.config_file import load_config
-from llmtrain.data.batches import TrainBatches
 from llmtrain.data.dataset import open_data
-from llmtrain.data.order import Order
 from llmtrain.distributed import open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT, FlatState
@@ -30,6 +28,7 @@ from llmtrain.study.law.curves import read_curve
 from llmtrain.study.record import read_record
 from llmtrain.train import merge
 from llmtrain.train.average import Averaging
+from llmtrain.train.feed import train_batches
 from llmtrain.train.merge import SHAPES, Merged, average_run, shares
 from llmtrain.train.metrics import read_metrics
 from llmtrain.train.saved import evaluate_run
@@ -70,15 +69,7 @@ def average_on_engines(configs: dict[str, Config], output: Path) -> None:
         torch.set_float32_matmul_precision("medium")
         for name, config in configs.items():
             data = open_data(config.data.path)
-            feed = TrainBatches(
-                data,
-                Order(data.num_samples(config.batch.seq_len), config.run.seed, data.manifest.content_hash),
-                sequences=config.batch.sequences,
-                micro=config.batch.micro,
-                seq_len=config.batch.seq_len,
-                rank=world.rank,
-                world_size=world.size,
-            )
+            feed = train_batches(config, world, data)
             probe = feed.update(END + 1)[0]
 
             plain = build_engine(config, world)

@@ -11,6 +11,7 @@ from llmtrain.config_file import apply_override, load_config, parse_yaml, to_yam
 from llmtrain.errors import ConfigError
 from llmtrain.presets import PRESETS
 from llmtrain.schedules import plan
+from llmtrain.trajectory import trajectory_of
 from llmtrain.units import Length, parse_batch_tokens
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -162,14 +163,14 @@ def test_the_horizon_is_not_the_stop() -> None:
 
 def test_the_trajectory_knows_what_shapes_the_loss() -> None:
     """A run would be resumed as another one, or not be resumed on other hardware."""
-    base = validate(values(), "config").trajectory("data")
+    base = trajectory_of(validate(values(), "config"), "data")
     same = {"engine__kind": "fsdp", "batch__micro": 4, "validation__every": "5 steps", "schedule__peak": 1.0}
     for name, value in same.items():
-        assert validate(values(**{name: value}), "config").trajectory("data") == base
+        assert trajectory_of(validate(values(**{name: value}), "config"), "data") == base
     other = {"run__seed": 1, "optim__clip": 0.5, "engine__precision": "fp32", "model__norm_eps": 1e-6}
     for name, value in other.items():
-        assert validate(values(**{name: value}), "config").trajectory("data") != base
-    assert validate(values(), "config").trajectory("other data") != base
+        assert trajectory_of(validate(values(**{name: value}), "config"), "data") != base
+    assert trajectory_of(validate(values(), "config"), "other data") != base
 
 
 def test_overrides() -> None:

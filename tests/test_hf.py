@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llmtrain.checkpoint.files import PIECE
 from llmtrain.checkpoint.hf_export import export_checkpoint
-from llmtrain.checkpoint.hf_import import ImportedWeights, import_folder, open_import
+from llmtrain.checkpoint.hf_import import import_folder
 from llmtrain.checkpoint.hf_tokenizer import require_expressible, write_tokenizer
+from llmtrain.checkpoint.imported import ImportedWeights, open_import
 from llmtrain.checkpoint.store import CheckpointStore, open_checkpoint
 from llmtrain.cli_hf import export, import_
 from llmtrain.config import ModelConfig, RopeScaling
@@ -34,9 +35,11 @@ from llmtrain.engines.base import WEIGHT, FlatState, Slice
 from llmtrain.errors import CheckpointError, ConfigError, DataError, LlmtrainError
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.initial import initial_slice, parameter_shapes
+from llmtrain.train.feed import validation_sets
 from llmtrain.train.metrics import read_metrics
-from llmtrain.train.run import train, validation_sets
+from llmtrain.train.run import train
 from llmtrain.train.saved import evaluate_run, generate
+from llmtrain.trajectory import trajectory_of
 from tests.ranks import Ranks
 
 Leg = Callable[..., Ranks]
@@ -490,7 +493,7 @@ def test_imported_weights_are_part_of_what_a_run_is(imported: Any, tmp_path: Pat
     assert [row["step"] for row in read_metrics(tmp_path / "started") if row["kind"] == "step"] == [1, 2]
     with pytest.raises(CheckpointError, match=r"init_from: there '[0-9a-f]{16}', in this config None"):
         train(imported("run.init_from=null", "run.stop_at=3 steps"), prepare_command="")
-    assert "init_from" not in imported("run.init_from=null").trajectory("data")
+    assert "init_from" not in trajectory_of(imported("run.init_from=null"), "data")
 
 
 def test_the_hash_is_of_the_weights_and_not_of_their_files(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from llmtrain.config import Config
 from llmtrain.config_file import load_config, parse_yaml
 from llmtrain.data.batches import Batch, TrainBatches
 from llmtrain.data.dataset import open_data
-from llmtrain.data.order import Order
 from llmtrain.distributed import open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from llmtrain.errors import CheckpointError, ConfigError, DivergenceError
 from llmtrain.train import rng
+from llmtrain.train.feed import train_batches
 from llmtrain.train.range_test import RangeTest, find_edge, peaks_to_sweep, range_test
 from llmtrain.train.start import InitialValues
 from tests import ranks
@@ -52,15 +52,7 @@ def leave_no_trace(configs: dict[str, Config], output: Path) -> None:
         torch.set_float32_matmul_precision("medium")
         for name, config in configs.items():
             data = open_data(config.data.path)
-            feed = TrainBatches(
-                data,
-                Order(data.num_samples(config.batch.seq_len), config.run.seed, data.manifest.content_hash),
-                sequences=config.batch.sequences,
-                micro=config.batch.micro,
-                seq_len=config.batch.seq_len,
-                rank=world.rank,
-                world_size=world.size,
-            )
+            feed = train_batches(config, world, data)
             engine = build_engine(config, world)
 
             outcomes = []

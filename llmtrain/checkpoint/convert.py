@@ -58,10 +58,7 @@ def _publish(
         done += count
         on_written(done, total)
 
-    place.prepare(name)
-    wanted = total if place.on_disk else -(-total // ranks)
-    if place.free() < wanted:
-        raise OSError(f"it takes {wanted / 2**30:.2f} GiB, and {place.free() / 2**30:.2f} are free: make room")
+    place.prepare(name, total if place.on_disk else -(-total // ranks))
     entries = []
     for rank in range(ranks):
         path = place.workspace(name) / RANK_FILE.format(rank)

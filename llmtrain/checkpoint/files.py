@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.places import sync_file
 from llmtrain.errors import CheckpointError
+from llmtrain.units import show_bytes
 
 PIECE = 1 << 22  # elements held at once
 
@@ -88,7 +89,7 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         free = shutil.disk_usage(temporary).free
         if free < size:
-            raise CheckpointError(f"{folder} takes {size / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} free")
+            raise CheckpointError(f"{folder} takes {show_bytes(size)}, its disk has {show_bytes(free)} free")
         yield temporary
         sync_file(temporary)
         temporary.rename(folder)

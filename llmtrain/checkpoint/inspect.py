@@ -23,6 +23,7 @@ from llmtrain.data.manifest import load_manifest
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from llmtrain.errors import CheckpointError, DataError, LlmtrainError
 from llmtrain.schedules import Schedule
+from llmtrain.trajectory import trajectory_of
 
 
 class Row(NamedTuple):
@@ -203,10 +204,10 @@ def _own_trajectory(config: Config, there: dict[str, Any]) -> dict[str, Any]:
     except DataError:
         data_hash = there.get("data", "")
     try:
-        return config.trajectory(data_hash)
+        return trajectory_of(config, data_hash)
     except LlmtrainError:
         bare = config.model_copy(update={"run": config.run.model_copy(update={"init_from": None})})
-        return {"init_from": there.get("init_from"), **bare.trajectory(data_hash)}
+        return {"init_from": there.get("init_from"), **trajectory_of(bare, data_hash)}
 
 
 def _unlike_the_next(states: dict[int, dict[str, Any]]) -> list[Fault]:

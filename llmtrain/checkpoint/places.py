@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from typing_extensions import ParamSpec
 
 from llmtrain.errors import CheckpointError
+from llmtrain.units import show_bytes
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -122,11 +123,13 @@ class Place:
             yield self.read(file, start, min(size, start + _BLOCK))
 
     @_as_oserror
-    def prepare(self, name: str) -> None:
-        """Make an empty folder for a checkpoint's files."""
+    def prepare(self, name: str, size: int) -> None:
+        """Make an empty folder for a checkpoint's files. Raises OSError where the disk has no room for `size` bytes."""
         workspace = self.workspace(name)
         shutil.rmtree(workspace, ignore_errors=True)
         workspace.mkdir(parents=True)
+        if self.free() < size:
+            raise OSError(f"it takes {show_bytes(size)}, and {show_bytes(self.free())} are free: make room")
 
     def workspace(self, name: str) -> Path:
         """The local folder into which the files of a checkpoint are written, the same on every rank."""

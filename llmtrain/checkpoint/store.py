@@ -21,6 +21,7 @@ from llmtrain.checkpoint.places import LATEST, MANIFEST, STATE, Place, name_of, 
 from llmtrain.distributed import World
 from llmtrain.engines.base import FlatState
 from llmtrain.errors import CheckpointError
+from llmtrain.units import show_bytes
 
 FORMAT = 1
 APPEARS_WITHIN_S = 60.0
@@ -242,10 +243,7 @@ class CheckpointStore:
         for broken in self._broken:
             self.place.set_aside(broken, "broken")
         self._broken = []
-        self.place.prepare(name)
-        free = self.place.free()
-        if free < self._bytes:
-            raise OSError(f"it takes {self._bytes / 2**30:.2f} GiB, and {free / 2**30:.2f} are free: make room")
+        self.place.prepare(name, self._bytes)
 
     def _delete_old(self, update: int) -> None:
         """Delete what retention does not keep now that `update` is published, and what was cut short."""
@@ -270,8 +268,8 @@ class CheckpointStore:
         free, wanted = self.place.free(), coming * self._bytes
         if free < wanted:
             raise OSError(
-                f"{self.place.staging} has {free / 2**30:.2f} GiB free, the checkpoints to come take "
-                f"{wanted / 2**30:.2f} ({self._bytes / 2**30:.2f} each): make room, lower checkpoint.keep "
+                f"{self.place.staging} has {show_bytes(free)} free, the checkpoints to come take "
+                f"{show_bytes(wanted)} ({show_bytes(self._bytes)} each): make room, lower checkpoint.keep "
                 f"({self.keep}), or use another run.dir"
             )
 

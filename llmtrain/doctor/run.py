@@ -13,6 +13,7 @@ from llmtrain.data.dataset import open_data
 from llmtrain.doctor.finding import Finding
 from llmtrain.errors import LlmtrainError
 from llmtrain.model.size import parameter_count
+from llmtrain.units import show_bytes
 
 SAVED_BYTES = 12  # a parameter in a checkpoint: fp32 weight and two moments
 VOLATILE = ("tmpfs", "ramfs")
@@ -25,7 +26,7 @@ def run_folder(config: Config) -> list[Finding]:
     there = _existing(folder)
     kind = file_system(there, Path("/proc/self/mounts"))
     free = shutil.disk_usage(there).free
-    found = f"{folder} on {kind or 'a disk'}, {free / 2**30:.1f} GiB free"
+    found = f"{folder} on {kind or 'a disk'}, {show_bytes(free)} free"
     if problem := _rename_problem(there):
         return [Finding("run folder", "wrong", f"{found}: {problem}", "use another run.dir")]
     if kind in VOLATILE:
@@ -35,7 +36,7 @@ def run_folder(config: Config) -> list[Finding]:
     wanted = (config.checkpoint.keep + 1) * SAVED_BYTES * parameter_count(config.model)
     if not config.checkpoint.dir and free < wanted:
         remedy = f"make room, lower checkpoint.keep ({config.checkpoint.keep}), or write checkpoint.dir"
-        return [Finding("run folder", "wrong", f"{found}, checkpoints will take {wanted / 2**30:.1f}", remedy)]
+        return [Finding("run folder", "wrong", f"{found}, checkpoints will take {show_bytes(wanted)}", remedy)]
     if kind.split(".")[0] not in SHARED:
         return [Finding("run folder", "note", found, "on several nodes: every node must see this folder")]
     return [Finding("run folder", "fine", found)]

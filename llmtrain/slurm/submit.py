@@ -23,6 +23,7 @@ from llmtrain.schedules import plan
 from llmtrain.slurm.cluster_file import Cluster, seconds_of
 from llmtrain.slurm.script import run_script
 from llmtrain.train.attempts import lead_s
+from llmtrain.units import show_bytes
 
 SUBMITTED = "submitted"
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
@@ -115,8 +116,8 @@ def _require_room(config: Config, run_dir: Path) -> None:
     free = shutil.disk_usage(place).free
     if free < wanted:
         raise EnvironmentError(
-            f"{place} has {free / 2**30:.1f} GiB free, and {config.checkpoint.keep} checkpoints and one being written "
-            f"take {wanted / 2**30:.1f} GiB: make room, lower checkpoint.keep, or write checkpoint.dir elsewhere"
+            f"{place} has {show_bytes(free)} free, and {config.checkpoint.keep} checkpoints and one being written "
+            f"take {show_bytes(wanted)}: make room, lower checkpoint.keep, or write checkpoint.dir elsewhere"
         )
 
 

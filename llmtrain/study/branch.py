@@ -20,6 +20,7 @@ from llmtrain.errors import CheckpointError, ConfigError, EnvironmentError, Sche
 from llmtrain.schedules import Schedule, diff, plan, replace
 from llmtrain.study.branch_cooldown import Parent
 from llmtrain.study.launch import cores, start_training
+from llmtrain.trajectory import trajectory_of
 
 _NAMED = 6  # checkpoints or fields that a message names
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -170,7 +171,7 @@ def _require_same_trajectory(parent: Parent, own: Config) -> None:
         return
     there = {**parent.trajectory, "batch_segments": None}
     there["batch"] = {**there["batch"], "sequences": parent.batch}
-    changes = diff(there, {**own.trajectory(there["data"]), "batch_segments": None})
+    changes = diff(there, {**trajectory_of(own, there["data"]), "batch_segments": None})
     if changes:
         rows = "\n".join(f"  {row.field}: there {row.old!r}, in the branch {row.new!r}" for row in changes)
         raise ConfigError(f"{parent.run}@{parent.step} shaped its loss otherwise:\n{rows}\nA branch changes none of it")

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
 from llmtrain.config import Config, ScheduleConfig, Section, content_hash
-from llmtrain.config_file import apply_override, parse_yaml, read_section, validate
+from llmtrain.config_file import apply_override, read_mapping, read_section, validate
 from llmtrain.errors import ConfigError, LlmtrainError, ScheduleError, did_you_mean
 from llmtrain.schedules import Schedule, plan
 from llmtrain.schedules.registry import load_module, shape_named
@@ -132,7 +132,7 @@ class _Place:
 
 def read_study(path: Path, overrides: list[str] | None = None) -> Study:
     """Read the study file and apply `a.b=value` overrides. Raises ConfigError naming every fault."""
-    values = _mapping(path, "study", Study)
+    values = read_mapping(path, "study", Study)
     for override in overrides or []:
         apply_override(values, override)
     return read_section(Study, values, f"study {path}")
@@ -142,7 +142,7 @@ def plan_study(path: Path, overrides: list[str] | None = None) -> Planned:
     """Every run of a study file, its config and schedule checked. Raises ConfigError and ScheduleError."""
     study = read_study(path, overrides)
     base_path = path.parent / study.base
-    values = _laid_over(_mapping(base_path, "base config", Config), study.set)
+    values = _laid_over(read_mapping(base_path, "base config", Config), study.set)
     base = validate(copy.deepcopy(values), f"study {path}: {base_path} with `set`")
     try:
         places = list(_places(study.grid, base))
@@ -156,20 +156,6 @@ def plan_study(path: Path, overrides: list[str] | None = None) -> Planned:
         raise ConfigError(f'study {path}: baseline "{study.baseline}" is no cell of it{hint}')
     extra = [f" --set {shlex.quote(text)}" for text in _as_overrides(study.set) if text.startswith(("data.", "model."))]
     return Planned(study, runs, study.baseline or cells[0], f"llmtrain prepare --config {base_path}{''.join(extra)}")
-
-
-def _mapping(path: Path, what: str, section: type[Section]) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise ConfigError(f"cannot read {what} {path}: {error.strerror}{near}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{what} {path} is not UTF-8 text: {error.reason}") from None
-    values = parse_yaml(text, f"{what} {path}")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{what} {path} must be a mapping with {', '.join(section.model_fields)}")
-    return values
 
 
 def _laid_over(values: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,6 @@ import llmtrain
 from llmtrain.config import Config
 from llmtrain.data.batches import Batch, TrainBatches
 from llmtrain.data.dataset import open_data
-from llmtrain.data.order import Order
 from llmtrain.distributed import World, find_place, open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import Engine, StepStats
@@ -34,9 +33,9 @@ from llmtrain.errors import DataError
 from llmtrain.model.precision import linear
 from llmtrain.model.size import flops_per_token, forward_flops_per_token, parameter_count
 from llmtrain.planner.memory import memory
+from llmtrain.train.feed import check_data, train_batches
 from llmtrain.train.late import Late
 from llmtrain.train.metrics import MetricsLog
-from llmtrain.train.run import check_data
 from llmtrain.train.start import InitialValues
 from llmtrain.train.throughput import memory_gib, peak_flops
 
@@ -118,17 +117,7 @@ def _feed(config: Config, world: World) -> tuple[str, int | None, Generator[list
     except DataError:
         return "random tokens", None, _random(config, world)
     check_data(config, data)
-    batches = TrainBatches(
-        data,
-        Order(data.num_samples(config.batch.seq_len), config.run.seed, data.manifest.content_hash),
-        sequences=config.batch.sequences,
-        micro=config.batch.micro,
-        seq_len=config.batch.seq_len,
-        rank=world.rank,
-        world_size=world.size,
-        document_mask=config.data.document_mask,
-        pin=world.device.type == "cuda",
-    )
+    batches = train_batches(config, world, data)
     return str(data.path), _reading(config, batches, world), batches.iterate(1, 10**9)
 
 

@@ -19,6 +19,7 @@ from llmtrain.config import Config
 from llmtrain.data.order import Consumed
 from llmtrain.errors import CheckpointError, ScheduleError
 from llmtrain.schedules import Schedule, both_sides, continues, extend, refusal, replace
+from llmtrain.trajectory import trajectory_of
 
 ScheduleChange = Literal["extend", "replace"]
 Mode = Literal["extend", "replace", "branch"]
@@ -37,7 +38,7 @@ def join(
     config: Config, state: dict[str, Any], data_hash: str, configured: Schedule, mode: Mode | None, where: str
 ) -> Joined:
     """How the checkpoint `where` with this state.json goes on. Raises CheckpointError or ScheduleError where not."""
-    require_same_trajectory(state["trajectory"], config.trajectory(data_hash), where, but="batch.sequences")
+    require_same_trajectory(state["trajectory"], trajectory_of(config, data_hash), where, but="batch.sequences")
     at, segments = state["step"], state["trajectory"]["batch_segments"]
     sequences = segments[-1][2]
     rebatched = sequences != config.batch.sequences

@@ -12,21 +12,19 @@ checkpoint, a piece at a time, and rounded once, so no second model is ever held
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-import xxhash
-import yaml
 from torch import Tensor
 
-from llmtrain.checkpoint.files import PIECE, new_folder, require_empty, write_file, write_json, write_safetensors
+from llmtrain.checkpoint.files import PIECE, require_empty
 from llmtrain.checkpoint.flat import EMA
-from llmtrain.checkpoint.hf_import import MODEL_FILE, WEIGHTS_FILE
+from llmtrain.checkpoint.imported import write_import
 from llmtrain.checkpoint.inspect import list_checkpoints
 from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
-from llmtrain.config import IMPORT_FILE, Config, content_hash
 from llmtrain.config_file import checkpoints_of
 from llmtrain.data.dataset import TOKENIZER_FILE, open_data
 from llmtrain.engines.base import WEIGHT, StateSource
@@ -35,7 +33,7 @@ from llmtrain.model.initial import parameter_shapes
 from llmtrain.schedules import Schedule
 from llmtrain.schedules.phases import cooldown_curve
 from llmtrain.train.average import holds_average
-from llmtrain.train.run import validation_sets
+from llmtrain.train.feed import validation_sets
 from llmtrain.train.saved import opened
 from llmtrain.train.validation import evaluate
 
@@ -115,7 +113,8 @@ def average_run(
         if out is not None:
             _, own, source = list(_candidates(checkpoints, wanted))[-1]
             told = f"{run_dir}: {wanted[0]} mean of the checkpoints of updates {', '.join(map(str, chosen))}"
-            _write(source, config, out, told)
+            pieces = partial(_pieces, source, parameter_shapes(config.model))
+            write_import(out, config.model, pieces, told, Path(config.data.path) / TOKENIZER_FILE)
     return Averages(chosen, rows, _warnings(newest, chosen))
 
 
@@ -131,6 +130,12 @@ def _candidates(
     for shape in shapes:
         own = shares([found.step for found in checkpoints], shape)
         yield shape, own, Merged(list(zip(own, readers, strict=True)))
+
+
+def _pieces(source: StateSource, shapes: dict[str, tuple[int, ...]], name: str) -> Iterator[Tensor]:
+    numel = math.prod(shapes[name])
+    for start in range(0, numel, PIECE):
+        yield source.read(name, WEIGHT, start, min(numel, start + PIECE))
 
 
 def _shape(text: str) -> Shape:
@@ -168,26 +173,3 @@ def _warnings(newest: Checkpoint, steps: Sequence[int]) -> list[str]:
         f"the learning rate went from {before:.3g} to {after:.3g} over these checkpoints: a mean stands for a cooldown "
         "where it was constant; here it comes on top of what the schedule did"
     ]
-
-
-def _write(source: StateSource, config: Config, into: Path, told: str) -> None:
-    """The weights as `llmtrain import` writes them, so that a run can start from them."""
-    shapes = parameter_shapes(config.model)
-    flat: dict[str, tuple[int, ...]] = {f"{WEIGHT}/{name}/0": (math.prod(shape),) for name, shape in shapes.items()}
-    hashes: dict[str, str] = {}
-
-    def pieces(key: str) -> Iterator[Tensor]:
-        name, numel = key.split("/")[1], flat[key][0]
-        digest = xxhash.xxh3_128()
-        for at in range(0, numel, PIECE):
-            piece = source.read(name, WEIGHT, at, min(numel, at + PIECE))
-            digest.update(piece.numpy().data)
-            yield piece
-        hashes[name] = digest.hexdigest()
-
-    with new_folder(into, 4 * sum(numel for (numel,) in flat.values())) as folder:
-        write_safetensors(folder / WEIGHTS_FILE, torch.float32, flat, pieces)
-        text = yaml.safe_dump({"model": config.model.model_dump(mode="json", exclude={"preset"})}, sort_keys=False)
-        write_file(folder / MODEL_FILE, text.encode())
-        write_file(folder / TOKENIZER_FILE, (Path(config.data.path) / TOKENIZER_FILE).read_bytes())
-        write_json(folder / IMPORT_FILE, {"source": told, "weights_hash": content_hash(hashes), "weights": hashes})

@@ -19,22 +19,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llmtrain.checkpoint.hf_import import open_import
+from llmtrain.checkpoint.imported import open_import
 from llmtrain.checkpoint.inspect import locate
 from llmtrain.checkpoint.places import step_of
 from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
 from llmtrain.config import Config
-from llmtrain.data.batches import Batch, TrainBatches
+from llmtrain.data.batches import Batch
 from llmtrain.data.dataset import open_data
-from llmtrain.data.order import START, Consumed, Order
+from llmtrain.data.order import START, Consumed
 from llmtrain.distributed import World, find_place, open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import Engine, StateSource
 from llmtrain.errors import CheckpointError, ConfigError, DivergenceError
 from llmtrain.train import rng
 from llmtrain.train.average import Held, copied
+from llmtrain.train.feed import check_data, train_batches
 from llmtrain.train.preflight import require_alike
-from llmtrain.train.run import check_data
 from llmtrain.train.start import InitialValues
 
 RISE = 0.02  # of the best smoothed loss: what counts as risen
@@ -81,18 +81,7 @@ def find_edge(
         engine = build_engine(config, world)
         since = START if found is None else Consumed(found.state["step"], found.state["samples"])
         engine.load(_first_weights(config, world) if found is None else found.reader, since.update)
-        batches = TrainBatches(
-            data,
-            Order(data.num_samples(config.batch.seq_len), config.run.seed, data.manifest.content_hash),
-            sequences=config.batch.sequences,
-            micro=config.batch.micro,
-            seq_len=config.batch.seq_len,
-            rank=world.rank,
-            world_size=world.size,
-            since=since,
-            document_mask=config.data.document_mask,
-            pin=world.device.type == "cuda",
-        )
+        batches = train_batches(config, world, data, since)
         rates = np.geomspace(low, high, updates).tolist()
         tested = range_test(engine, lambda k: batches.update(since.update + k), rates, config.schedule.peak)
         world.barrier()

@@ -16,17 +16,16 @@ from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.config import Config, content_hash
 from llmtrain.config_file import to_yaml
-from llmtrain.data.batches import TrainBatches, ValidationSet
+from llmtrain.data.batches import ValidationSet
 from llmtrain.data.dataset import PreparedData, open_data
-from llmtrain.data.order import Order
 from llmtrain.distributed import World, find_place, node_name, open_world, set_timeouts
 from llmtrain.engines.base import Engine
-from llmtrain.errors import ConfigError, DataError
 from llmtrain.model.size import flops_per_token, parameter_count
 from llmtrain.planner.plan import misfit
 from llmtrain.schedules import Schedule, plan
 from llmtrain.train import average, rng
 from llmtrain.train.attempts import note
+from llmtrain.train.feed import check_data, train_batches, validation_sets
 from llmtrain.train.join import ScheduleChange, Segments, clock, last_update
 from llmtrain.train.lock import RunLock, hold_run
 from llmtrain.train.loop import Trainer
@@ -38,6 +37,7 @@ from llmtrain.train.stop import StopRequest
 from llmtrain.train.throughput import peak_flops
 from llmtrain.train.wandb_mirror import WandbMirror
 from llmtrain.train.watchdog import Watchdog, group_timeout_s
+from llmtrain.trajectory import trajectory_of
 
 
 def train(
@@ -118,7 +118,7 @@ def _train(
         engine=engine,
         schedule=start.schedule,
         decay=decay_multiplier(config, start.segments),
-        batches=_batches(config, world, data, start),
+        batches=train_batches(config, world, data, start.since),
         held_out=held_out,
         saver=saver,
         lock=lock,
@@ -174,28 +174,9 @@ def decay_multiplier(config: Config, segments: Segments) -> Callable[[int], floa
     return plan(written, in_tokens[0][2], config.optim.betas[1]).over(in_tokens)
 
 
-def validation_sets(config: Config, data: PreparedData) -> list[ValidationSet]:
-    """The data's own held-out split, under `validation`, and the sets the config names."""
-    sets = [_validation_set(config, "validation", data)]
-    for name, path in config.validation.sets.items():
-        if name == "validation":
-            raise ConfigError('validation.sets: the name "validation" is taken by the data\'s own split')
-        other = open_data(path, f"llmtrain prepare --config ... --set data.path={path}")
-        if other.manifest.tokenizer_hash != data.manifest.tokenizer_hash:
-            raise DataError(f"validation.sets.{name}: {path} was prepared with another tokenizer than {data.path}")
-        sets.append(_validation_set(config, name, other))
-    return sets
-
-
-def check_data(config: Config, data: PreparedData) -> None:
-    """Raise where the data does not fit the model."""
-    data.manifest.require_fits(config.model.vocab_size)
-    data.num_samples(config.batch.seq_len)
-
-
 def describe_run(config: Config, world: World, start: Start, data: PreparedData) -> dict[str, Any]:
     """What checkpoints and validation rows say about the run they come from."""
-    trajectory = {**config.trajectory(data.manifest.content_hash), "batch_segments": start.segments}
+    trajectory = {**trajectory_of(config, data.manifest.content_hash), "batch_segments": start.segments}
     schedule = start.schedule
     return {
         "trajectory": trajectory,
@@ -237,35 +218,6 @@ def banner(config: Config, start: Start, last: int, engine: str, lost: str = "")
             f"lr={start.schedule.lr(start.update):.6e} from={start.found.path}"
         )
     return "\n".join(lines)
-
-
-def _validation_set(config: Config, name: str, data: PreparedData) -> ValidationSet:
-    return ValidationSet(
-        name,
-        data.validation,
-        data.token_bytes,
-        seq_len=config.batch.seq_len,
-        max_tokens=config.validation.max_tokens,
-        eos_id=data.manifest.eos_id,
-        document_mask=config.data.document_mask,
-        set_hash=data.manifest.validation_hash,
-    )
-
-
-def _batches(config: Config, world: World, data: PreparedData, start: Start) -> TrainBatches:
-    order = Order(data.num_samples(config.batch.seq_len), config.run.seed, data.manifest.content_hash)
-    return TrainBatches(
-        data,
-        order,
-        sequences=config.batch.sequences,
-        micro=config.batch.micro,
-        seq_len=config.batch.seq_len,
-        rank=world.rank,
-        world_size=world.size,
-        since=start.since,
-        document_mask=config.data.document_mask,
-        pin=world.device.type == "cuda",
-    )
 
 
 def _store(config: Config, world: World) -> CheckpointStore:

@@ -17,7 +17,7 @@ from llmtrain.distributed import open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import Engine
 from llmtrain.errors import CheckpointError
-from llmtrain.train.run import validation_sets
+from llmtrain.train.feed import validation_sets
 from llmtrain.train.validation import evaluate
 
 

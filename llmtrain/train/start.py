@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.hf_import import open_import
+from llmtrain.checkpoint.imported import open_import
 from llmtrain.checkpoint.inspect import locate
 from llmtrain.checkpoint.places import step_of
 from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
-from llmtrain.config import Config, read_import
+from llmtrain.config import Config
 from llmtrain.config_file import checkpoints_of, load_config
 from llmtrain.data.order import START, Consumed
 from llmtrain.engines.base import WEIGHT, Engine, StateSource
@@ -23,6 +23,7 @@ from llmtrain.errors import CheckpointError, LlmtrainError, ScheduleError
 from llmtrain.model.initial import initial_slice
 from llmtrain.schedules import Schedule
 from llmtrain.train.join import Mode, ScheduleChange, Segments, join, last_update, require_same_trajectory
+from llmtrain.trajectory import read_import, trajectory_of
 
 RESUME_MODES = ("auto", "must", "never")
 
@@ -186,5 +187,5 @@ def _require_fresh_start(
         )
     saved = Path(config.run.dir) / "config.yaml"
     if saved.exists():
-        there = load_config(saved).trajectory(data_hash)
-        require_same_trajectory(there, config.trajectory(data_hash), config.run.dir)
+        there = trajectory_of(load_config(saved), data_hash)
+        require_same_trajectory(there, trajectory_of(config, data_hash), config.run.dir)

@@ -28,6 +28,7 @@ from llmtrain.distributed import find_place
 from llmtrain.errors import ConfigError, EnvironmentError
 from llmtrain.model.size import parameter_count
 from llmtrain.train.verify_findings import BOUNDS, Finding, compare_states, compare_updates
+from llmtrain.units import show_bytes
 
 ENGINES = ("single", "fsdp", "zero0", "zero1", "zero2", "zero3")
 STATES = 11  # of 12 bytes a parameter, in the checkpoints and records of all legs
@@ -220,7 +221,7 @@ def _check(config: Config, folder: Path, prepare_command: str, layouts: Sequence
     free, wanted = shutil.disk_usage(folder).free, STATES * 12 * parameter_count(config.model)
     if free < wanted:
         raise EnvironmentError(
-            f"{folder} has {free / 2**30:.2f} GiB free, the legs take {wanted / 2**30:.2f}: "
+            f"{folder} has {show_bytes(free)} free, the legs take {show_bytes(wanted)}: "
             "name a folder on a larger disk with --keep"
         )
 

@@ -105,6 +105,7 @@ class Running:
             given = {**alone, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {**os.environ, **{name: str(value) for name, value in given.items()}}
             environment |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(ranks)}
+            environment |= {"OMP_NUM_THREADS": str(threads(ranks))}
             log = (logs / f"{peer.name.replace(' ', '_')}_{rank}.log").open("w")
             self.processes.append(
                 subprocess.Popen(
@@ -137,6 +138,11 @@ class Running:
         for process in self.processes:
             process.send_signal(signal.SIGKILL)
             process.wait()
+
+
+def threads(ranks: int) -> int:
+    """Threads of each rank: they share the machine's cores."""
+    return max(1, (os.cpu_count() or 1) // ranks)
 
 
 def build(name: str) -> Path:
@@ -239,7 +245,7 @@ def main() -> None:
         rows = summarise(found["rates"])
         kept["groups"][group] = {
             "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "load": round(found["load"], 1)},
-            "threads_a_rank": os.environ.get("OMP_NUM_THREADS", "all"),
+            "threads_a_rank": threads(found["ranks"]),
             "sweeps": given.sweeps,
             "updates_a_turn": given.updates,
             "failed": found["failed"],

@@ -54,14 +54,14 @@ class Batch:
         return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), ids, self.num_valid)
 
 
-def _batch(tokens: _Array, targets: _Array, eos_id: int | None) -> Batch:
+def _batch(tokens: _Array, targets: _Array, eos_id: int | None, num_valid: int = -1) -> Batch:
     """`eos_id` where documents are to be numbered, else None."""
     ids = None
     if eos_id is not None:
         ends = np.zeros(tokens.shape, dtype=np.int32)
         np.cumsum(tokens[:, :-1] == eos_id, axis=1, out=ends[:, 1:])
         ids = torch.from_numpy(ends)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), ids)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), ids, num_valid)
 
 
 class TrainBatches:
@@ -137,8 +137,10 @@ class TrainBatches:
 
     def _read(self, ids: npt.NDArray[np.int64]) -> Batch:
         T = self._seq_len
-        rows = np.stack([self._tokens.read(int(i) * T, T + 1) for i in ids]).astype(np.int64)  # (B, T + 1)
-        batch = _batch(np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:]), self._eos_id)
+        rows = np.stack([self._tokens.read(int(i) * T, T + 1) for i in ids])  # (B, T + 1)
+        batch = _batch(
+            rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self._eos_id, num_valid=len(ids) * T
+        )
         return batch.pin() if self._pin else batch
 
 

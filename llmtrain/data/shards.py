@@ -159,6 +159,7 @@ class TokenFile:
             if digest.hexdigest() != shard.hash:
                 raise DataError(f"token file {path}: hash is {digest.hexdigest()}, wanted {shard.hash}. {remedy}")
 
-    def _open_map(self, index: int) -> np.memmap[tuple[int, ...], np.dtype[np.integer]]:
+    def _open_map(self, index: int) -> Tokens:
         shape = (self._shards[index].tokens,)
-        return np.memmap(self.paths[index], dtype=self.dtype, mode="r", offset=HEADER.size, shape=shape)
+        mapped = np.memmap(self.paths[index], dtype=self.dtype, mode="r", offset=HEADER.size, shape=shape)
+        return mapped.view(np.ndarray)  # every slice of a memmap would be one, which costs more than to read it

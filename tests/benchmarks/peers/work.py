@@ -38,7 +38,8 @@ class Asked(argparse.Namespace):
 
 
 def asked() -> Asked:
-    """The settings on the command line, matmul precision already set."""
+    """The settings on the command line, matmul precision already set. From here on only answers go to stdout."""
+    os.dup2(2, 1)  # frameworks print there what is no answer
     parser = argparse.ArgumentParser()
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true")
@@ -84,6 +85,4 @@ def _say(values: dict[str, Any]) -> None:
     os.write(_ANSWERS, (json.dumps(values) + "\n").encode())
 
 
-# Frameworks print to stdout what is no answer: from here on that goes to stderr.
 _ANSWERS = os.dup(1)
-os.dup2(2, 1)

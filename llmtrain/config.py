@@ -257,14 +257,15 @@ class LrFactors(Section):
 
 
 class OptimConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and its gradient clipping.
+    """The optimizer and its gradient clipping: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), or, for the
+    matrices of the blocks, Muon (Jordan 2024; scaled to AdamW's updates as in Liu 2025, arXiv:2502.16982) beside it.
 
     Update k shrinks a decayed weight by the factor 1 - lr(k) * weight_decay, where lr(k) = peak * f(k), or by
     1 - f(k) * weight_decay with independent decay: then a search for the peak leaves the decay alone (Wortsman 2023,
     arXiv:2309.14322). Under `weight_decay_schedule`, with multiplier g, `weight_decay` stands for weight_decay * g(k).
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: betas and eps are those of the rest's AdamW")
     betas: Annotated[tuple[Fraction01, Fraction01], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.1, ge=0)
@@ -415,6 +416,11 @@ class Config(Section):
             )
         if self.batch.sequences % self.batch.micro:
             self.batch.accumulation(1)
+        if self.optim.name == "muon" and self.engine.kind == "deepspeed":
+            raise ValueError(
+                'optim.name "muon" runs on engine.kind single and fsdp: it needs matrices, and deepspeed has only flat '
+                "parts of them; write --set engine.kind=fsdp or --set optim.name=adamw"
+            )
         if self.model.tie_embeddings and self.optim.lr_factors.head != 1:
             raise ValueError("optim.lr_factors.head: the head is tied to the embedding; write optim.lr_factors.embed")
         warmup = self.schedule.warmup

@@ -21,6 +21,7 @@ from llmtrain.distributed import World
 from llmtrain.model.decoder import Block, Decoder
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+MOMENTUM = "momentum_buffer"  # what torch.optim.Muon calls its one moment
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -46,7 +47,7 @@ class Slice(NamedTuple):
     start: int
     stop: int
     numel: int  # of the whole parameter
-    tensors: dict[str, Tensor]  # WEIGHT, EXP_AVG, EXP_AVG_SQ: 1-D fp32
+    tensors: dict[str, Tensor]  # WEIGHT, EXP_AVG and, but for the matrices of Muon, EXP_AVG_SQ: 1-D fp32
 
 
 class FlatState(NamedTuple):
@@ -63,6 +64,17 @@ class StateSource(Protocol):
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of one flattened tensor, 1-D fp32 on the CPU."""
         ...
+
+
+class Optimizer(Protocol):
+    """What engines use of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any  # by parameter
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self) -> Any: ...
 
 
 class Engine(Protocol):
@@ -105,8 +117,8 @@ class Engine(Protocol):
 class LearningRate:
     """Writes learning rate and weight decay into an optimizer's groups, looked up afresh before every update.
 
-    AdamW shrinks a weight by lr * weight_decay. Independent decay is to shrink it by weight_decay times the multiplier
-    of the learning rate, so it is divided by the rest of the rate: the peak and the group's factor.
+    An update shrinks a weight by lr * weight_decay. Independent decay is to shrink it by weight_decay times the
+    multiplier of the learning rate, so it is divided by the rest of the rate: the peak and the group's factor.
     """
 
     peak: float
@@ -117,14 +129,14 @@ class LearningRate:
         """What a config asks for."""
         return cls(config.schedule.peak, config.optim.independent_weight_decay)
 
-    def write(self, optimizer: torch.optim.Optimizer, multiplier: float, decay_multiplier: float) -> None:
+    def write(self, optimizer: Optimizer, multiplier: float, decay_multiplier: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = self.peak * multiplier * group["lr_scale"]
             rate = self.peak * group["lr_scale"] if self.independent_decay else 1.0
             group["weight_decay"] = group["decay"] * decay_multiplier / rate
 
     @staticmethod
-    def read(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    def read(optimizer: Optimizer) -> tuple[float, float]:
         """Learning rate and weight decay that the last update was made with, of the first group: the matrices."""
         group = optimizer.param_groups[0]
         return float(group["lr"]), float(group["weight_decay"])
@@ -143,6 +155,7 @@ def parameter_groups(named: Iterable[tuple[str, Any]], optim: OptimConfig) -> li
     return [
         {"params": parameters, "weight_decay": decay, "decay": decay, "lr_scale": factor}
         for (decays, factor), parameters in grouped.items()
+        if parameters
         for decay in [optim.weight_decay if decays else 0.0]
     ]
 
@@ -152,14 +165,22 @@ def build_adamw(named: Iterable[tuple[str, Any]], optim: OptimConfig) -> torch.o
     return torch.optim.AdamW(parameter_groups(named, optim), lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def start_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], update: int) -> None:
+def start_moments(optimizer: Optimizer, parameters: Iterable[Tensor], update: int) -> None:
     """Zero moments where there are none, and the step count of `update` updates, for each of `parameters`."""
+    muon = {id(parameter) for group in optimizer.param_groups if "momentum" in group for parameter in group["params"]}
     for parameter in parameters:
         state = optimizer.state[parameter]
-        for kind in (EXP_AVG, EXP_AVG_SQ):
+        for kind in (MOMENTUM,) if id(parameter) in muon else (EXP_AVG, EXP_AVG_SQ):
             if kind not in state:
                 state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["step"] = torch.tensor(float(update), dtype=torch.float32, device=parameter.device)
+
+
+def moments(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An optimizer's moments of one parameter, by kind. Muon's is a running mean of gradients, as AdamW's first is."""
+    if MOMENTUM in state:
+        return {EXP_AVG: state[MOMENTUM]}
+    return {EXP_AVG: state[EXP_AVG], EXP_AVG_SQ: state[EXP_AVG_SQ]}
 
 
 def fill(slices: Sequence[Slice], source: StateSource) -> None:

@@ -21,8 +21,6 @@ from llmtrain.config import Config
 from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
 from llmtrain.engines.base import (
-    EXP_AVG,
-    EXP_AVG_SQ,
     WEIGHT,
     FlatState,
     LearningRate,
@@ -30,16 +28,17 @@ from llmtrain.engines.base import (
     Slice,
     StateSource,
     StepStats,
-    build_adamw,
     count_valid,
     fill,
     inference,
+    moments,
     prepare_blocks,
     score,
     start_moments,
     summed,
     unmarked,
 )
+from llmtrain.engines.muon import ShardedMuon, build_optimizer
 from llmtrain.errors import ConfigError
 from llmtrain.model.decoder import Decoder
 
@@ -66,7 +65,7 @@ class FsdpEngine:
             )
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
         self.model = model.to_empty(device=world.device)
-        self.optimizer = build_adamw(self.model.named_parameters(), config.optim)
+        self.optimizer = build_optimizer(self.model.named_parameters(), config.optim, ShardedMuon)
         self.updates = 0
 
     def train_step(
@@ -118,12 +117,8 @@ class FsdpEngine:
             )
             row = parameter.numel() // parameter.shape[0]
             start = min(offset[0], parameter.shape[0]) * row if shape[0] else 0
-            moments = self.optimizer.state[parameter]
-            tensors = {
-                WEIGHT: _local(parameter),
-                EXP_AVG: _local(moments[EXP_AVG]),
-                EXP_AVG_SQ: _local(moments[EXP_AVG_SQ]),
-            }
+            held = {WEIGHT: parameter, **moments(self.optimizer.state[parameter])}
+            tensors = {kind: _local(tensor) for kind, tensor in held.items()}
             slices.append(Slice(name, start, start + shape[0] * row, parameter.numel(), tensors))
         replica = self.mesh.get_local_rank("replicate") if self.mesh.ndim == 2 else 0
         return FlatState(slices, self.updates, writes=replica == 0)

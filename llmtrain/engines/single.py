@@ -14,8 +14,6 @@ from llmtrain.config import Config
 from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
 from llmtrain.engines.base import (
-    EXP_AVG,
-    EXP_AVG_SQ,
     WEIGHT,
     FlatState,
     LearningRate,
@@ -23,14 +21,15 @@ from llmtrain.engines.base import (
     Slice,
     StateSource,
     StepStats,
-    build_adamw,
     fill,
     inference,
+    moments,
     prepare_blocks,
     score,
     start_moments,
     unmarked,
 )
+from llmtrain.engines.muon import build_optimizer
 from llmtrain.errors import ConfigError
 from llmtrain.model.decoder import Decoder
 
@@ -59,7 +58,7 @@ class SingleEngine:
             for name, parameter in self.model.named_parameters():
                 parameter.register_post_accumulate_grad_hook(_folding_into(self.masters[name]))  # type: ignore[no-untyped-call]
         prepare_blocks(self.model, config)
-        self.optimizer = build_adamw(self.masters.items(), config.optim)
+        self.optimizer = build_optimizer(self.masters.items(), config.optim)
         self.updates = 0
 
     def train_step(
@@ -99,12 +98,8 @@ class SingleEngine:
     def state(self) -> FlatState:
         slices = []
         for name, master in self.masters.items():
-            moments = self.optimizer.state[master]
-            tensors = {
-                WEIGHT: master.detach().view(-1),
-                EXP_AVG: moments[EXP_AVG].view(-1),
-                EXP_AVG_SQ: moments[EXP_AVG_SQ].view(-1),
-            }
+            held = {WEIGHT: master.detach(), **moments(self.optimizer.state[master])}
+            tensors = {kind: tensor.view(-1) for kind, tensor in held.items()}
             slices.append(Slice(name, 0, master.numel(), master.numel(), tensors))
         return FlatState(slices, self.updates, writes=True)
 

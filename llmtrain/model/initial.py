@@ -42,6 +42,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def is_block_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a block: neither embedding nor head nor norm."""
+    return name.startswith("blocks.") and not name.endswith("norm.weight")
+
+
 def initial_slice(config: ModelConfig, name: str, start: int, stop: int, seed: int) -> NDArray[np.float32]:
     """Elements [start, stop) of the flattened parameter `name` at the start of a run."""
     size = math.prod(parameter_shapes(config)[name])

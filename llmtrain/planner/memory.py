@@ -10,7 +10,7 @@ from typing import Literal
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError
 from llmtrain.planner.activations import block_bytes, micro_batch
-from llmtrain.planner.state import FP32, KINDS, Bytes, holdings
+from llmtrain.planner.state import FP32, KINDS, Bytes, holdings, moment_bytes, sizes
 
 Moment = Literal["forward", "backward", "reduce", "update"]
 
@@ -35,13 +35,14 @@ def memory(config: Config, ranks: int, device: Literal["cuda", "cpu"] = "cuda") 
     check_ranks(config, ranks)
     held = holdings(config, ranks)
     work = micro_batch(config, device)
-    local = held.host.get("moments", 0) + held.always.get("moments", 0)
+    moments_here = held.host.get("moments", 0) + held.always.get("moments", 0)
+    weights = moments_here * FP32 * sum(sizes(config).values()) // moment_bytes(sizes(config), config)
     always = dict(held.always)
     host = dict(held.host)
     if config.validation.ema_window is not None:
-        (host if "moments" in held.host else always)["average"] = local // 2
+        (host if "moments" in held.host else always)["average"] = weights
     if config.checkpoint.async_save:
-        host["checkpoint"] = local // 2 * (3 if config.validation.ema_window is None else 4)
+        host["checkpoint"] = moments_here + weights * (1 if config.validation.ema_window is None else 2)
     at: dict[Moment, Bytes] = {
         "forward": _sum(always, held.forward, work.forward),
         "backward": _sum(always, held.backward, work.backward),
@@ -67,8 +68,9 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> int:
-    """Bytes of one checkpoint: weights and two moments in fp32, and the average where there is one."""
-    return parameters * FP32 * (3 if config.validation.ema_window is None else 4)
+    """Bytes of one checkpoint: weights and moments in fp32, and the average where there is one."""
+    weights = parameters * FP32 * (1 if config.validation.ema_window is None else 2)
+    return weights + moment_bytes(sizes(config), config)
 
 
 def _sum(*parts: Bytes) -> Bytes:

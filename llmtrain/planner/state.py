@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmtrain.config import Config
-from llmtrain.model.initial import parameter_shapes
+from llmtrain.errors import ConfigError
+from llmtrain.model.initial import is_block_matrix, parameter_shapes
 
 FP32 = 4
 KINDS = ("weights", "masters", "moments", "gradients", "communication", "average", "activations", "logits", "workspace")
@@ -45,6 +46,8 @@ def holdings(config: Config, ranks: int) -> Holdings:
         return _single(config, accumulates)
     if config.engine.kind == "fsdp":
         return _fsdp(config, ranks, accumulates)
+    if config.optim.name == "muon":
+        raise ConfigError('optim.name "muon" runs on engine.kind single and fsdp, not on deepspeed')
     if config.engine.zero_stage == 0:
         return _zero0(config, accumulates)
     if config.engine.zero_stage == 3:
@@ -64,11 +67,18 @@ def sizes(config: Config) -> dict[str, int]:
     return {name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}
 
 
+def moment_bytes(elements: dict[str, int], config: Config) -> int:
+    """Of parameters with so many elements: two moments, and one of a matrix that Muon trains."""
+    muon = config.optim.name == "muon"
+    return FP32 * sum((1 if muon and is_block_matrix(name) else 2) * n for name, n in elements.items())
+
+
 def _single(config: Config, accumulates: bool) -> Holdings:
     P, c = sum(sizes(config).values()), compute_bytes(config)
+    moments = moment_bytes(sizes(config), config)
     gradients = {"gradients": FP32 * P}
     return Holdings(
-        always={"weights": c * P, "masters": FP32 * P if c < FP32 else 0, "moments": 2 * FP32 * P},
+        always={"weights": c * P, "masters": FP32 * P if c < FP32 else 0, "moments": moments},
         forward=gradients if accumulates else {},
         backward=gradients if accumulates else {},
         reduce=gradients,
@@ -95,7 +105,7 @@ def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
     accumulated = FP32 * shard * (S if late else 1) if accumulates else 0
     head = c * config.model.vocab_size * config.model.hidden_size
     return Holdings(
-        always={"weights": FP32 * shard, "moments": 2 * FP32 * shard},
+        always={"weights": FP32 * shard, "moments": moment_bytes(shards, config)},
         forward={"gradients": accumulated, "communication": c * (root + kept) + gathering},
         backward={
             "gradients": accumulated + head + c * block,

@@ -66,6 +66,7 @@ def setting_of(config: Config) -> dict[str, Any]:
     """What of a config shapes the loss besides the schedule."""
     return {
         "tokens per update": config.batch.tokens,
+        "optimizer": config.optim.name,
         "weight decay": config.optim.weight_decay,
         "betas": list(config.optim.betas),
     }

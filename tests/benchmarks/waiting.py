@@ -1,8 +1,10 @@
 """How long does a user wait for what should be immediate? Prints one JSON object; `--out FILE` keeps it.
 
-    python tests/benchmarks/waiting.py --out tests/benchmarks/results/waiting.json
+    python -m tests.benchmarks.waiting --out tests/benchmarks/results/waiting.json
 
-Each number is the median of several repetitions, in seconds.
+Each number is the median of several repetitions, in seconds. A launch is the demo's own command on each engine, from
+its start until the row of update 1 stands in metrics.jsonl: pre-flight, initial weights, the validation before the
+first update and the update itself are in it. Before it: `llmtrain prepare --config configs/demo_cosine.yaml`.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "piecewise": {"knots": [["0%", 1.0], ["100%", 0.0]]},
     "refined": {"norms": [1.0, 2.0, 3.0, 4.0]},
     "chain": {"pieces": [{"name": "linear", "length": "100%"}]},
+}
+LAUNCHES: dict[str, tuple[str, ...]] = {
+    "single": ("single",),
+    "FSDP2, 2 ranks": ("fsdp",),
+    **{f"ZeRO-{stage}, 2 ranks": ("deepspeed", f"engine.zero_stage={stage}") for stage in (0, 1, 2, 3)},
 }
 
 
@@ -49,6 +57,36 @@ def command_s(*words: str, repetitions: int = 5) -> float:
     return median_s(lambda: subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL), repetitions)
 
 
+def first_update_s(engine: str, *overrides: str) -> float:
+    """Seconds from the start of the demo's launcher to its first update's row."""
+    launcher = {
+        "single": [sys.executable],
+        "fsdp": ["torchrun", "--nproc-per-node", "2"],
+        "deepspeed": ["deepspeed", "--num_gpus", "2"],
+    }[engine]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        words = ["launch/pretrain.py", "--config", "configs/demo_cosine.yaml"]
+        for override in (f"run.dir={run}", f"engine.kind={engine}", "run.stop_at=1 steps", *overrides):
+            words += ["--set", override]
+        begin = time.perf_counter()
+        with (Path(folder) / "log").open("w") as log:
+            launched = subprocess.Popen([*launcher, *words], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            while not any('"kind": "step"' in line for line in _rows(run)):
+                if launched.poll() not in (None, 0):
+                    raise RuntimeError((Path(folder) / "log").read_text())
+                time.sleep(0.02)
+            return time.perf_counter() - begin
+        finally:
+            launched.wait()
+
+
+def _rows(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def million_updates_s() -> dict[str, float]:
     """Vectorised evaluation of a million updates of every registered schedule."""
     taken = {}
@@ -65,16 +103,24 @@ def main() -> None:
     out = parser.parse_args().out
     result = {
         "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "command": "python tests/benchmarks/waiting.py",
+        "command": "python -m tests.benchmarks.waiting",
         "llmtrain --help": command_s("--help"),
         "schedule show --config configs/7b_cosine.yaml": command_s(
             "schedule", "show", "--config", "configs/7b_cosine.yaml"
         ),
+        "import llmtrain": median_s(
+            lambda: subprocess.run([sys.executable, "-c", "import llmtrain"], cwd=ROOT, check=True)
+        ),
+        "python -c pass": median_s(lambda: subprocess.run([sys.executable, "-c", "pass"], cwd=ROOT, check=True)),
         "import llmtrain.schedules": median_s(
             lambda: subprocess.run([sys.executable, "-c", "import llmtrain.schedules"], cwd=ROOT, check=True)
         ),
         "4096 samples at position 10**12": median_s(lambda: Order(10**9 + 7, 1, "abc").samples(10**12, 4096)),
         "a million updates": million_updates_s(),
+        "launch to first update": {
+            name: statistics.median(round(first_update_s(*words), 2) for _ in range(3))
+            for name, words in LAUNCHES.items()
+        },
     }
     text = json.dumps(result, indent=1)
     print(text)

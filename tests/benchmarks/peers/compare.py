@@ -32,6 +32,7 @@ ENVIRONMENTS = {
     "hf": ("transformers==5.23.0", "accelerate==1.15.0"),
     "litgpt": ("litgpt==0.5.13",),
     "deepspeed": ("deepspeed==0.19.8", "transformers==5.23.0"),
+    "torchtitan": ("torchtitan==0.3.0",),
 }
 
 
@@ -60,6 +61,8 @@ GROUPS: dict[str, tuple[int, tuple[Peer, ...]]] = {
             Peer("HF Llama, bare loop, fastest", "hf_loop", FAST, "hf"),
             Peer("litgpt pretrain", "litgpt_pretrain", ("--compile",), "litgpt"),
             Peer("litgpt pretrain, fastest", "litgpt_pretrain", FAST, "litgpt"),
+            Peer("torchtitan trainer", "torchtitan_trainer", (), "torchtitan"),
+            Peer("torchtitan trainer, fastest", "torchtitan_trainer", FAST, "torchtitan"),
         ),
     ),
     "bf16": (
@@ -71,6 +74,8 @@ GROUPS: dict[str, tuple[int, tuple[Peer, ...]]] = {
             Peer("HF Llama, bare loop", "hf_loop", LOW, "hf"),
             Peer("HF Llama, bare loop, fastest", "hf_loop", (*FAST, *LOW), "hf"),
             Peer("litgpt pretrain", "litgpt_pretrain", ("--compile", *LOW), "litgpt"),
+            Peer("torchtitan trainer", "torchtitan_trainer", LOW, "torchtitan"),
+            Peer("torchtitan trainer, fastest", "torchtitan_trainer", (*FAST, *LOW), "torchtitan"),
         ),
     ),
     **{
@@ -80,6 +85,7 @@ GROUPS: dict[str, tuple[int, tuple[Peer, ...]]] = {
                 Peer("llmtrain, FSDP2", "ours", (*OURS, *low)),
                 *(Peer(f"llmtrain, ZeRO-{n}", "ours", ("--stage", str(n), *OURS, *low)) for n in (1, 2, 3)),
                 Peer("HF Llama, bare FSDP2", "fsdp_loop", low, "hf"),
+                Peer("torchtitan trainer, FSDP2", "torchtitan_trainer", low, "torchtitan"),
                 *(
                     Peer(f"HF Llama, bare ZeRO-{n}", "deepspeed_loop", ("--stage", str(n), *low), "deepspeed")
                     for n in (1, 2, 3)

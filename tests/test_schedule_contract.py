@@ -106,11 +106,11 @@ def lrs(run: Path) -> list[float]:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Every file of a run, and the hash of its bytes; but for heartbeats, which say when and how ranks ended."""
+    """Every file of a run, and the hash of its bytes."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.parent.name != "ranks"
+        if path.is_file()
     }
 
 

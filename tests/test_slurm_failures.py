@@ -17,30 +17,33 @@ from tests.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 8
-SMALL = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
+SMALL = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
 
 
 def submit(cluster: Cluster, config: dict[str, Any], folder: Path, nodes: str, **environment: str) -> str:
-    """Submit the shipped script, with the door that fails, in `folder`; returns the job's number."""
+    """Submit the shipped script, with the door that fails, in `folder`; returns the job's number.
+
+    `nodes` is a number, or MIN-MAX.
+    """
+    folder.mkdir(exist_ok=True)
     config = {**config, "run": {**config["run"], "dir": str(folder / "run")}, "checkpoint": {"every": "5 steps"}}
     config["engine"] = {**config["engine"], "kind": "fsdp", "timeout_s": TIMEOUT_S}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     text = (ROOT / "launch/slurm/pretrain.sbatch").read_text()
     script = folder / "pretrain.sbatch"
-    script.write_text(text.replace("llmtrain=(python -m llmtrain)", "llmtrain=(python tests/failing_door.py)"))
-    assert script.read_text() != text
+    for line, changed in (
+        ("llmtrain=(python -m llmtrain)", "llmtrain=(python tests/failing_door.py)"),
+        ('fewest="$SLURM_JOB_NUM_NODES"', f"fewest={nodes.partition('-')[0]}"),
+    ):
+        assert line in text
+        text = text.replace(line, changed)
+    script.write_text(text)
     paths = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     return cluster.submit(
-        *SMALL, nodes, f"--output={folder / 'job.out'}", script, "--config", path,
+        *SMALL, f"--nodes={nodes}", f"--output={folder / 'job.out'}", script, "--config", path,
         PATH=paths, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT), BAD_NODE="n1", **environment,
     )  # fmt: skip
-
-
-def waits(cluster: Cluster, job: str) -> bool:
-    """Whether a requeued job is back in the queue, and its last start over on both nodes."""
-    idle = set(cluster.states().values()) == {"IDLE"}
-    return idle and cluster.show(job)["JobState"] == "PENDING" and not cluster.pids(job, "n0")
 
 
 def until(ready: Callable[[], bool], log: Path) -> None:
@@ -51,31 +54,33 @@ def until(ready: Callable[[], bool], log: Path) -> None:
         time.sleep(0.2)
 
 
-def test_a_node_that_hangs_is_left_out_of_the_next_start(
+def test_a_node_that_hangs_is_left_out_where_it_can_be_spared(
     cluster: Cluster, prepared: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A hung GPU would burn the allocation to its end, and be part of every attempt after it."""
-    job = submit(cluster, prepared, tmp_path, "--nodes=2", HANGS_AFTER="7")
-    log = tmp_path / "job.out"
-    until(lambda: cluster.show(job)["ExcNodeList"] == "n1" and waits(cluster, job), log)
-    # There is no third node to take its place: the job must make do with one.
-    cluster("scontrol", "update", f"JobId={job}", "NumNodes=1", "NumTasks=1")
-    cluster.hurry(job)
-    cluster("scontrol", "release", job, check=False)  # where it was held for having too few
-    found = cluster.wait(job, timeout_s=300, log=tmp_path / "job.out")
-    said = (tmp_path / "job.out").read_text(errors="replace")
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), f"{found}\n{said}"
-    report = read_report(tmp_path / "run/failures/1")
-    assert report is not None, said
-    [culprit] = report["culprits"]
-    assert (culprit["rank"], culprit["host"], culprit["kind"]) == (1, "n1", "hung")
-    assert "update 7" in culprit["told"] and report["bad_nodes"] == ["n1"]
-    assert f"rank 1 on n1: {culprit['told']}" in said
-    assert "in heard" in (tmp_path / "run/failures/1/rank_00001.txt").read_text()
-    starts = [row for row in read_attempts(tmp_path / "run") if row["event"] == "started"]
-    assert [(row["update"], row["hosts"]) for row in starts] == [(0, ["n0", "n1"]), (5, ["n0"])]
-    assert [row["step"] for row in read_metrics(tmp_path / "run") if row["kind"] == "step"] == list(range(1, 21))
-    until(lambda: not cluster.pids(job, "n1"), log)  # nothing is left running
+    """A hung GPU would be part of every attempt, or a job that needs its node wait for ever for another one."""
+    folders = {nodes: tmp_path / nodes for nodes in ("1-2", "2")}
+    jobs = {nodes: submit(cluster, prepared, folder, nodes, HANGS_AFTER="7") for nodes, folder in folders.items()}
+    until(lambda: cluster.show(jobs["1-2"])["ExcNodeList"] == "n1", folders["1-2"] / "job.out")
+    for nodes, job in jobs.items():
+        log, run = folders[nodes] / "job.out", folders[nodes] / "run"
+        found = cluster.wait(job, timeout_s=300, log=log)
+        said = log.read_text(errors="replace")
+        assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), f"{found}\n{said}"
+        assert found["ExcNodeList"] == ("(null)" if nodes == "2" else "n1"), said
+        kept = "n1 is not left out: the partition has no spare node (2 needed, 1 besides it)"
+        assert (kept in said) == (nodes == "2"), said
+        report = read_report(run / "failures/1")
+        assert report is not None, said
+        [culprit] = report["culprits"]
+        assert (culprit["rank"], culprit["host"], culprit["kind"]) == (1, "n1", "hung")
+        assert "update 7" in culprit["told"] and report["bad_nodes"] == ["n1"]
+        assert f"rank 1 on n1: {culprit['told']}" in said
+        assert "in heard" in (run / "failures/1/rank_00001.txt").read_text()
+        starts = [row for row in read_attempts(run) if row["event"] == "started"]
+        second = ["n0", "n1"] if nodes == "2" else ["n0"]
+        assert [(row["update"], row["hosts"]) for row in starts] == [(0, ["n0", "n1"]), (5, second)]
+        assert [row["step"] for row in read_metrics(run) if row["kind"] == "step"] == list(range(1, 21))
+    until(lambda: not any(cluster.pids(job, "n1") for job in jobs.values()), log)  # nothing is left running
 
 
 def test_a_node_with_another_checkout_is_refused(cluster: Cluster, prepared: dict[str, Any], tmp_path: Path) -> None:
@@ -84,7 +89,7 @@ def test_a_node_with_another_checkout_is_refused(cluster: Cluster, prepared: dic
     shutil.copytree(ROOT / "llmtrain", other / "llmtrain", ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "llmtrain/model/decoder.py").open("a") as file:
         file.write("# last week\n")
-    job = submit(cluster, prepared, tmp_path, "--nodes=2", OTHER_CODE=str(other))
+    job = submit(cluster, prepared, tmp_path, "2", OTHER_CODE=str(other))
     found = cluster.wait(job, timeout_s=200, log=tmp_path / "job.out")
     said = (tmp_path / "job.out").read_text(errors="replace")
     assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), f"{found}\n{said}"

@@ -1,5 +1,6 @@
 """`llmtrain slurm` on the login node: what is submitted, what is refused, what a run's record says."""
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import yaml
 from llmtrain.cli import main
 from llmtrain.config_file import load_config
 from llmtrain.errors import ConfigError, LlmtrainError
-from llmtrain.slurm.again import decide
+from llmtrain.slurm.again import decide, leave_out
 from llmtrain.slurm.cluster_file import read_cluster, seconds_of
 from llmtrain.slurm.script import plain_script
 from llmtrain.slurm.status import status_of
@@ -89,7 +90,7 @@ def test_submit_gives_the_job_its_own_code_and_config(
     assert (folder / "code/llmtrain/train/loop.py").read_bytes() == (ROOT / "llmtrain/train/loop.py").read_bytes()
     assert json.loads((folder / "submission.json").read_text())["job"] == "4711"
     script = (here / "seen.sbatch").read_text()
-    assert "#SBATCH --nodes=1-2\n" in script
+    assert "#SBATCH --nodes=1-2\n" in script and "\nfewest=1 " in script
     assert "llmtrain=(python runs/small/submitted/0001/code)" in script
     (folder / "code/llmtrain/cli.py").write_text("def main(): print(__file__)")
     used = subprocess.run([sys.executable, folder / "code"], capture_output=True, text=True, check=True).stdout
@@ -197,20 +198,77 @@ def test_a_job_starts_again_only_where_that_helps(tmp_path: Path, monkeypatch: p
     report = run / "failures/2.2/report.json"
     report.parent.mkdir(parents=True)
     report.write_text(json.dumps({"attempt": "2.2", "bad_nodes": ["n3", "n1"]}))
-    assert decide(run, "7", 3, 4, 20) == (True, "ended with exit code 4", ["n1", "n3"])
+    two_spare = "needs 2\nn0 mix\nn1 mix\nn2 idle\nn3 alloc\n"
+    assert decide(run, "7", 3, 4, 20, lambda: two_spare) == (True, "ended with exit code 4", ["n1", "n3"])
     ended(run, reason="the file run/stop exists")
     assert decide(run, "7", 3, 0, 20).why == "it was asked to stop: the file run/stop exists"
     ended(run, outcome="finished", reason="")
     assert decide(run, "7", 3, 0, 20).why == "the run is finished"
 
 
+NO_SPARE = "n1 is not left out: the partition has no spare node (2 needed, 1 besides it)"
+NO_NUMBER = 'n1 is not left out: the batch script does not say how many nodes the job needs: fewest="{}"'
+
+
+@pytest.mark.parametrize(
+    ("slurm_says", "without", "kept"),
+    [
+        ("needs 2\nn0 mix\nn1 mix", [], [NO_SPARE]),
+        ("needs 1\nn0 mix\nn1 mix", ["n1"], []),
+        ("needs 2\nn0 alloc-\nn1 comp\nn2 idle~", ["n1"], []),
+        ("needs 2\nn0 mix\nn1 drain*\nn2 plnd", ["n1"], []),
+        ("needs 2\nn0 mix\nn1 mix\nn2 idle*\nn3 down\nn4 drng\nn5 idle$\nn6 maint", [], [NO_SPARE]),
+        ("needs 2\nn0 mix\nn1 mix\nn2 idle\nn2 excluded\nn9 excluded", [], [NO_SPARE]),
+        ("needs 2\nn0 mix\nn1 mix\nn2 idle\nn3 idle\nn3 excluded", ["n1", "n3"], []),
+        ("needs 1\nn0 idle\nn1 mix\nn1 required", [], ["n1 is not left out: the job asks for it by name"]),
+        ("needs 2", [], [NO_SPARE.replace("1 besides", "0 besides")]),
+        ("needs 1-2\nn0 idle\nn1 mix\nn2 idle", [], [NO_NUMBER.format("1-2")]),
+        ("", [], [NO_NUMBER.format("")]),
+    ],
+    ids=[
+        "none to spare",
+        "fewer will do",
+        "a third",
+        "drained itself",
+        "others do not work",
+        "left out before",
+        "one more is left out",
+        "by name",
+        "no answer",
+        "no number",
+        "an old script",
+    ],
+)
+def test_only_a_node_that_can_be_spared_is_left_out(slurm_says: str, without: list[str], kept: list[str]) -> None:
+    """A job would wait for ever for the node it excludes, or a node excluded before come back."""
+    assert leave_out(["n1"], slurm_says) == (without, kept)
+
+
+def test_of_two_bad_nodes_the_one_that_can_be_spared_is_left_out() -> None:
+    """Each would be found to be spare by itself, and the job wait for both."""
+    without, kept = leave_out(["n1", "n2"], "needs 2\nn0 mix\nn1 mix\nn2 mix")
+    assert (without, kept) == (["n1"], [NO_SPARE.replace("n1", "n2")])
+
+
 @pytest.mark.usefixtures("job")
-def test_again_answers_a_batch_script(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_again_answers_a_batch_script(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The batch script would not understand the answer, or the options of the run it passes on."""
     started(here / "runs/small")
     words = ("slurm", "again", "--config", "small.yaml", "--schedule-change", "extend", "--code", "137")
     assert llmtrain(*words) == 0
     assert capsys.readouterr() == ("again\n", "job 7: started again: ended with exit code 137\n")
+    report = here / "runs/small/failures/1/report.json"
+    report.parent.mkdir(parents=True)
+    report.write_text('{"bad_nodes": ["n1"]}')
+    for slurm_says, answer, told in (
+        ("needs 2\nn0 mix\nn1 mix\nn2 idle\nn9 excluded", "again n1,n9\n", ""),
+        ("needs 2\nn0 mix\nn1 mix", "again\n", f"; {NO_SPARE}"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(slurm_says))
+        assert llmtrain(*words) == 0
+        assert capsys.readouterr() == (answer, f"job 7: started again: ended with exit code 137{told}\n")
     assert llmtrain(*words, "--resume", "runs/small@5") == 0
     assert capsys.readouterr().out == "end\n"
     assert llmtrain(*words, "--set", "run.nam=x") == 0

@@ -143,6 +143,7 @@ def test_a_rank_that_ends_alone_takes_the_others_with_it(attempt: Callable[..., 
     assert (culprit["rank"], culprit["kind"]) == (2, kind) and culprit["told"].startswith(why)
     assert report["bad_nodes"] == bad
     assert f"rank 2 on node2: {why}" in said
+    assert len(list((run / "ranks").iterdir())) == 3  # one rank's mistake is not a start that all refuse
     if how == "die":  # the next attempt finishes, and leaves the report where it is
         codes, run, said = attempt(3, 2, 0, "nothing")
         assert codes == [0, 0, 0], said

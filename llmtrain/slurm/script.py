@@ -42,7 +42,15 @@ inside=()
 
 def plain_script() -> str:
     """The script of launch/slurm/."""
-    return _filled(_INTRODUCTION, _HEADER, _SITE, attempts=20, llmtrain="python -m llmtrain", arguments='"$@"')
+    return _filled(
+        _INTRODUCTION,
+        _HEADER,
+        _SITE,
+        attempts=20,
+        fewest='"$SLURM_JOB_NUM_NODES"',
+        llmtrain="python -m llmtrain",
+        arguments='"$@"',
+    )
 
 
 def run_script(
@@ -74,6 +82,7 @@ def run_script(
         "\n".join(lines),
         "\n".join(site),
         attempts=cluster.attempts,
+        fewest=nodes.partition("-")[0],
         llmtrain=f"python {shlex.quote(str(submitted / 'code'))}",
         arguments=f"--config {shlex.quote(str(submitted / 'config.yaml'))}",
     )
@@ -95,13 +104,16 @@ def _option(name: str, value: str) -> str:
     return f'#SBATCH --{name}="{value}"' if " " in value else f"#SBATCH --{name}={value}"
 
 
-def _filled(introduction: str, header: str, site: str, *, attempts: int, llmtrain: str, arguments: str) -> str:
+def _filled(
+    introduction: str, header: str, site: str, *, attempts: int, fewest: str, llmtrain: str, arguments: str
+) -> str:
     text = (Path(__file__).parent / "job.sbatch").read_text(encoding="utf-8")
     blanks = {
         "INTRODUCTION": introduction,
         "HEADER": header,
         "SITE": site,
         "ATTEMPTS": str(attempts),
+        "FEWEST": fewest,
         "LLMTRAIN": llmtrain,
         "ARGUMENTS": arguments,
     }

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,11 @@ def train(
         folder=Path(config.run.dir),
     ) as world:
         _tell(world, require_alike(config, data, held_out, world))
-        with hold_run(Path(config.run.dir), world) as lock, Watchdog(config, world) as watchdog:
+        with (
+            hold_run(Path(config.run.dir), world) as lock,
+            ExitStack() as reported,
+            Watchdog(config, world) as watchdog,
+        ):
             torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
             _tell(world, measure(world))
             _tell(world, _too_large(config, world))
@@ -78,7 +82,7 @@ def train(
             engine = build(config, world)
             set_timeouts(group_timeout_s(config))
             watchdog.follow(engine, {"train_step": "update", "nats": "validate"})
-            _train(config, engine, schedule, data, held_out, stop, lock, watchdog, resume, change)
+            _train(config, engine, schedule, data, held_out, stop, lock, reported, watchdog, resume, change)
             watchdog.at("end")
             world.barrier()
 
@@ -91,6 +95,7 @@ def _train(
     held_out: list[ValidationSet],
     stop: StopRequest,
     lock: RunLock,
+    reported: ExitStack,
     watchdog: Watchdog,
     resume: str,
     change: ScheduleChange | None,
@@ -131,7 +136,9 @@ def _train(
         flops_per_token=flops_per_token(config.model, config.batch.seq_len),
         peak_flops=None if peak is None else peak * world.size,
     )
-    with stop.listening(), progress, saver, closing(mirror) if mirror else nullcontext():
+    # When a rank is lost the launcher sends SIGTERM to the others: it must not cut the watchdog's report short.
+    reported.enter_context(stop.listening())
+    with progress, saver, closing(mirror) if mirror else nullcontext():
         progress.say(banner(config, start, last, engine.describe(), lost))
         _restore_generators(world, start)
         reason = ""

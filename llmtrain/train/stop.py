@@ -45,8 +45,9 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                # None stands for a handler that Python cannot put back: one set by a library in C.
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                if signal.getsignal(number) == self._heard:  # else somebody set another one since, which stays
+                    # None stands for a handler that Python cannot put back: one set by a library in C.
+                    signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def agreed(self, world: "World") -> str:
         """The reason to stop after this update, the same on every rank; empty to go on."""

@@ -125,9 +125,7 @@ class Watchdog:
         """Raises RankError where the error is that another rank was lost."""
         if error is None or self.size == 1:
             self._stop()
-            heartbeat_path(self.run_dir, self.rank).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # until the last rank is gone
-                heartbeat_path(self.run_dir, self.rank).parent.rmdir()
+            self._forget(self.rank)
             return
         self._leave_by = self.clock + LEAVE_S + self.grace_s
         if lost_peer(error):
@@ -135,6 +133,26 @@ class Watchdog:
             raise RankError(self._end("the connection to another rank was lost", error)) from None
         self._exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
         self._beat("failed", error)
+        if self._exit_code == LlmtrainError.exit_code and self._all_refuse():
+            self._forget(*range(self.size))
+
+    def _all_refuse(self) -> bool:
+        """Whether every rank ended with a mistake of the user, so that none is left to report a failure.
+
+        Asked by each that did, so the last one finds it: it takes the heartbeats of all with it.
+        """
+        others = ((self.rank + ahead) % self.size for ahead in range(1, self.size))
+        beats = (read_heartbeat(self.run_dir, rank, self.job) for rank in others)
+        return all(
+            beat is not None and beat.state == "failed" and beat.exit_code == LlmtrainError.exit_code for beat in beats
+        )
+
+    def _forget(self, *ranks: int) -> None:
+        """Remove heartbeats, and with the last of them their folder."""
+        with contextlib.suppress(OSError):
+            for rank in ranks:
+                heartbeat_path(self.run_dir, rank).unlink(missing_ok=True)
+            heartbeat_path(self.run_dir, self.rank).parent.rmdir()
 
     def at(self, phase: str) -> None:
         """The main thread begins another phase."""

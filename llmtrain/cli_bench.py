@@ -71,4 +71,6 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{result['memory_gib']:.2f} GiB at most, tensors planned {result['planned_gib']:.2f} GiB"),
     ]
     rows += [(name, f"{seconds:9.5f} s  {seconds / whole:6.1%}") for name, seconds in phases.items()]
+    within = result["communication_s"].items()
+    rows += [(name, f"{seconds:9.5f} s  {seconds / whole:6.1%}  within the phases") for name, seconds in within]
     return rows + [(name.removesuffix("_gb_per_s"), f"{rate} GB/s") for name, rate in result["collectives"].items()]

@@ -44,6 +44,7 @@ def test_the_numbers_of_a_bench_agree_with_each_other(prepared: dict[str, Any], 
     assert result["hfu"] == pytest.approx(result["mfu"] * (1 + 0.5 * blocks / per_token), rel=0.05, abs=2e-4)
     assert set(result["phases_s"]) == {"data", "forward", "backward", "optimizer", "log", "other"}
     assert all(seconds >= 0 for seconds in result["phases_s"].values())
+    assert min(result["communication_s"]["reduce"], result["communication_s"]["gather"]) > 0
     assert set(result["collectives"]) == {"all_reduce_gb_per_s", "all_gather_gb_per_s", "reduce_scatter_gb_per_s"}
     assert 0 < result["planned_gib"] < result["memory_gib"]
     assert result["batches_tokens_per_s"] > 0

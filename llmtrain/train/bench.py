@@ -13,14 +13,13 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import llmtrain
 from llmtrain.config import Config
@@ -35,6 +34,7 @@ from llmtrain.model.size import flops_per_token, forward_flops_per_token, parame
 from llmtrain.planner.memory import memory
 from llmtrain.train.feed import check_data, train_batches
 from llmtrain.train.late import Late
+from llmtrain.train.links import collectives, communication_s
 from llmtrain.train.metrics import MetricsLog
 from llmtrain.train.start import InitialValues
 from llmtrain.train.throughput import memory_gib, peak_flops
@@ -92,6 +92,7 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
             seconds, waited = _updates(engine, updates, steps, log)
             peak_gib = memory_gib(world.device)
             phases = _phases(engine, updates, watch, log)
+            communication = communication_s(world, lambda: _updates(engine, updates, 1, log))
             if trace is not None:
                 _trace(engine, updates, log, trace if world.first else None)
         result = {
@@ -101,10 +102,11 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
             "updates": steps,
             **_speed(config, world, seconds),
             "phases_s": {"data": round(median(waited), 6), **phases},
+            "communication_s": communication,
             "batches_tokens_per_s": fed,
             "memory_gib": round(peak_gib, 3),
             "planned_gib": round(_planned(config, world) / 2**30, 3),
-            "collectives": _collectives(world),
+            "collectives": collectives(world),
         }
         world.barrier()
     return result if world.first else None
@@ -239,33 +241,6 @@ def matrix_product_flops(dtype: torch.dtype, size: int = 1024, repetitions: int 
 
 def _planned(config: Config, world: World) -> int:
     return memory(config, world.size, "cuda" if world.device.type == "cuda" else "cpu").total
-
-
-def _collectives(world: World) -> dict[str, float]:
-    """GB/s of each collective by what a rank sends and receives on a ring of all ranks; empty for one rank."""
-    if world.size == 1:
-        return {}
-    numel = (2**26 if world.device.type == "cuda" else 2**20) // 4 // world.size * world.size
-    whole, part = torch.zeros(numel, device=world.device), torch.zeros(numel // world.size, device=world.device)
-    share = (world.size - 1) / world.size * 4 * numel / 1e9
-    actions: dict[str, tuple[Callable[[], Any], float]] = {
-        "all_reduce_gb_per_s": (lambda: dist.all_reduce(whole), 2 * share),
-        "all_gather_gb_per_s": (lambda: dist.all_gather_into_tensor(whole, part), share),
-        "reduce_scatter_gb_per_s": (lambda: dist.reduce_scatter_tensor(part, whole), share),
-    }
-    return {name: round(sent / _fastest(action, world), 3) for name, (action, sent) in actions.items()}
-
-
-def _fastest(action: Callable[[], Any], world: World) -> float:
-    taken = []
-    for _ in range(4):
-        world.barrier()
-        begin = time.perf_counter()
-        action()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
 
 
 def _trace(engine: Engine, updates: Iterator[list[Batch]], log: MetricsLog, path: Path | None) -> None:

@@ -31,6 +31,7 @@ from llmtrain.cli_sweep import sweep
 from llmtrain.errors import EnvironmentError, LlmtrainError
 
 TRAIN_PACKAGES = ("torch", "deepspeed", "sentencepiece", "datasets", "wandb", "safetensors", "xxhash", "fsspec")
+FIRST_WORD_S = 5.0
 _GIVE_WAY_S = 10.0
 
 app = typer.Typer(
@@ -205,9 +206,11 @@ def _run(arguments: list[str]) -> None:
 
 def _speaks() -> bool:
     """Whether this process tells the user. All ranks make the same mistake, so the first tells it, and ends the job;
-    another node's first rank is still there after a moment where the mistake is that node's alone.
+    another node's first rank is still there after a moment where the mistake is that node's alone. Launchers end all
+    ranks when one does, so the others do not end before the first had its say.
     """
     if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):
+        time.sleep(FIRST_WORD_S)
         return False
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         time.sleep(_GIVE_WAY_S)

@@ -17,8 +17,9 @@ import torch._dynamo  # noqa: F401
 import llmtrain.cli
 import llmtrain.engines.deepspeed
 import llmtrain.engines.fsdp
-import llmtrain.train.run  # noqa: F401
+import llmtrain.train.run
 
+llmtrain.cli.FIRST_WORD_S = 0.0  # no launcher ends ranks that are forked here
 if os.environ.get("DS_ACCELERATOR") == "cpu":  # elsewhere it would start the device in the server
     assert deepspeed.ops.__compatible_ops__
 gc.freeze()

@@ -6,7 +6,7 @@ a large tensor does nothing. A fresh page that nobody writes takes no memory and
 FSDP2 and autograd run their own code and hold the storages they would hold. A small result of large tensors is all
 ones, or false.
 
-`alone` is one rank of a group whose other ranks do not exist: its collectives end at once and move nothing.
+`alone` is one rank of a group whose other ranks do not exist: its collectives end at once, with its own part alone.
 """
 
 import ctypes
@@ -28,6 +28,7 @@ from llmtrain.distributed import World
 LARGE = 2**16  # elements
 FRESH_FROM = -3  # glibc's M_MMAP_THRESHOLD
 AGREES = "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks"
+GROWING = {"mm", "embedding_dense_backward"}  # large results of small tensors
 COMPUTED = {"set_", "resize_", "_unsafe_view", "lift_fresh"}  # these allocate nothing of their own, or what they say
 
 
@@ -48,6 +49,7 @@ class Hollow(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         large = any(tensor.numel() >= LARGE for tensor in tensors)
         makes = any(argument.name == "device" for argument in func._schema.arguments)
+        grows = makes or name in GROWING
         real = (
             func.namespace not in ("aten", "fsdp")
             or name == "fsdp::all_gather_copy_in"
@@ -55,7 +57,7 @@ class Hollow(TorchDispatchMode):
             or name in COMPUTED
             or any(t.is_meta for t in tensors)
         )
-        if real or not (large or makes) or torch.device(kwargs.get("device") or "cpu").type == "meta":
+        if real or not (large or grows) or torch.device(kwargs.get("device") or "cpu").type == "meta":
             return func(*args, **kwargs)
         if func._schema.is_mutable:
             return _written(func, args, kwargs)

@@ -205,6 +205,8 @@ def _import_deepspeed(world: World) -> Any:
     import deepspeed
     from deepspeed.utils import logger
 
+    _import_muon_uncompiled()
+
     logger.setLevel(logging.WARNING)
     # It calls collectives by names that newer versions of torch deprecate.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*")
@@ -212,6 +214,19 @@ def _import_deepspeed(world: World) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, as `initialize` will, without the compiler that it loads for it, which takes seconds.
+
+    Nothing calls it here: Muon is refused under this engine.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        torch.compile = compiler
 
 
 def _merged(generated: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

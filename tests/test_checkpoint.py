@@ -445,27 +445,27 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def on_a_full_disk(disk: Path, words: list[str]) -> None:
-    """Train on a disk that is full to the last byte from update 10 to 25, when it is saved.
+    """Train on a disk that is full to the last byte from the save of update 10 until that of update 30.
 
-    Files keep what is left of their last page of 4 KiB; the rows of 15 updates are more than that.
+    Files keep what is left of their last page of 4 KiB; the rows of 15 updates are more than that. However often a save
+    is tried again in between, nothing is freed.
     """
     save = CheckpointStore.save
 
     def crowded(self: CheckpointStore, state: FlatState, *arguments: Any, **more: Any) -> str | None:
         filler = disk / "filler"
         if self.world.first and state.update == 10:
-            with filler.open("wb", buffering=0) as file:
+            with filler.open("ab", buffering=0) as file:
                 for size in (1 << 16, 1):
                     try:
                         while True:
                             file.write(bytes(size))
                     except OSError as error:
                         assert error.errno == errno.ENOSPC
+        if self.world.first and state.update == 30:
+            filler.unlink(missing_ok=True)
         self.world.barrier()
-        problem = save(self, state, *arguments, **more)
-        if self.world.first and state.update == 25:
-            filler.unlink()
-        return problem
+        return save(self, state, *arguments, **more)
 
     CheckpointStore.save = crowded  # type: ignore[method-assign]
     main(words)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,22 +54,16 @@ def train(
     `prepare_command` is what to run when the data is missing. With `change` a checkpoint may be gone on from on another
     schedule than it was trained on. `build` makes the engine. `stop` may have been told already. Raises LlmtrainError.
     """
-    stop = stop or StopRequest(Path(config.run.dir), config.run.max_minutes)
-    schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
-    decay_multiplier(config, [[0, 0, config.batch.sequences]])
-    data = open_data(config.data.path, prepare_command)
-    held_out = validation_sets(config, data)
-    check_data(config, data)
-    place = find_place(os.environ)
-    config.batch.accumulation(place.size)
-    collectives = config.engine.kind != "single"
+    leg = _checked(
+        config, prepare_command, resume, change, stop or StopRequest(Path(config.run.dir), config.run.max_minutes)
+    )
     with open_world(
         group_timeout_s(config),
-        collectives=collectives,
+        collectives=config.engine.kind != "single",
         meet_timeout_s=config.engine.meet_timeout_s,
         folder=Path(config.run.dir),
     ) as world:
-        _tell(world, require_alike(config, data, held_out, world))
+        _tell(world, require_alike(config, leg.data, leg.held_out, world))
         with (
             hold_run(Path(config.run.dir), world) as lock,
             ExitStack() as reported,
@@ -82,35 +76,44 @@ def train(
             engine = build(config, world)
             set_timeouts(group_timeout_s(config))
             watchdog.follow(engine, {"train_step": "update", "nats": "validate"})
-            _train(config, engine, schedule, data, held_out, stop, lock, reported, watchdog, resume, change)
+            _run(leg, engine, lock, reported, watchdog)
             watchdog.at("end")
             world.barrier()
 
 
-def _train(
-    config: Config,
-    engine: Engine,
-    schedule: Schedule,
-    data: PreparedData,
-    held_out: list[ValidationSet],
-    stop: StopRequest,
-    lock: RunLock,
-    reported: ExitStack,
-    watchdog: Watchdog,
-    resume: str,
-    change: ScheduleChange | None,
-) -> None:
-    world = engine.world
-    run_dir = Path(config.run.dir)
+class Leg(NamedTuple):
+    """What a leg was asked to do and with what, checked before any rank is waited for."""
+
+    config: Config
+    schedule: Schedule
+    data: PreparedData
+    held_out: list[ValidationSet]
+    stop: StopRequest
+    resume: str
+    change: ScheduleChange | None
+
+
+def _checked(
+    config: Config, prepare_command: str, resume: str, change: ScheduleChange | None, stop: StopRequest
+) -> Leg:
+    schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
+    decay_multiplier(config, [[0, 0, config.batch.sequences]])
+    data = open_data(config.data.path, prepare_command)
+    held_out = validation_sets(config, data)
+    check_data(config, data)
+    config.batch.accumulation(find_place(os.environ).size)
+    return Leg(config, schedule, data, held_out, stop, resume, change)
+
+
+def _run(leg: Leg, engine: Engine, lock: RunLock, reported: ExitStack, watchdog: Watchdog) -> None:
+    """Start or resume, train, and note how it ended."""
+    config, stop, world = leg.config, leg.stop, engine.world
     store = _store(config, world)
     rng.seed_generators(config.run.seed, world.rank)
-    start = begin(engine, store, config, data.manifest.content_hash, schedule, resume, change)
+    start = begin(engine, store, config, leg.data.manifest.content_hash, leg.schedule, leg.resume, leg.change)
     store.require_room(engine.state())
     last = last_update(config, start.schedule, start.since)
     log, mirror, attempt, lost = _open_records(config, world, start)
-    hosts = sorted(set(world.gather_text(node_name())))
-    if world.first:
-        note(run_dir, "started", attempt=attempt, update=start.update, ranks=world.size, hosts=hosts)
     progress = TrainingProgress(
         shown=world.first, first_update=start.update, last_update=last, every=config.logging.every
     )
@@ -123,15 +126,15 @@ def _train(
         engine=engine,
         schedule=start.schedule,
         decay=decay_multiplier(config, start.segments),
-        batches=train_batches(config, world, data, start.since),
-        held_out=held_out,
+        batches=train_batches(config, world, leg.data, start.since),
+        held_out=leg.held_out,
         saver=saver,
         lock=lock,
         stop=stop,
         progress=progress,
         log=log,
         mirror=mirror.log if mirror else lambda row: None,
-        facts={**describe_run(config, world, start, data), "wandb_id": mirror.run_id if mirror else ""},
+        facts={**describe_run(config, world, start, leg.data), "wandb_id": mirror.run_id if mirror else ""},
         attempt=attempt,
         flops_per_token=flops_per_token(config.model, config.batch.seq_len),
         peak_flops=None if peak is None else peak * world.size,
@@ -148,13 +151,17 @@ def _train(
             trainer.validate(last)
         if world.first:
             stop.clear()
-    update = engine.state().update
+    _note_end(stop, world, Path(config.run.dir), attempt, reason, engine.state().update)
+    how = f"STOPPED ({reason}): the same command goes on from here" if reason else f"FINISHED run={config.run.name}"
+    progress.say(f"{how}  {Path(config.run.dir)}")
+
+
+def _note_end(stop: StopRequest, world: World, run_dir: Path, attempt: int, reason: str, update: int) -> None:
+    """What is written of an attempt that ended by itself: why, where, and how long a stop and its save took."""
     if world.first:
         save_s = None if stop.asked_at is None else round(time.monotonic() - stop.asked_at, 3)
         outcome = {"attempt": attempt, "outcome": "stopped" if reason else "finished", "reason": reason}
         note(run_dir, "ended", **outcome, update=update, slowest_s=round(stop.slowest_s, 3), save_s=save_s)
-    how = f"STOPPED ({reason}): the same command goes on from here" if reason else f"FINISHED run={config.run.name}"
-    progress.say(f"{how}  {run_dir}")
 
 
 def _tell(world: World, lines: list[str]) -> None:
@@ -248,7 +255,11 @@ def _restore_generators(world: World, start: Start) -> None:
 
 
 def _open_records(config: Config, world: World, start: Start) -> tuple[MetricsLog | None, WandbMirror | None, int, str]:
-    """The first rank's metrics log, rewound to the start, its mirror, the number of this attempt, and a warning."""
+    """The first rank's metrics log, rewound to the start, its mirror, the number of this attempt, and a warning.
+
+    Notes that the attempt has started.
+    """
+    hosts = sorted(set(world.gather_text(node_name())))
     if not world.first:
         return None, None, 1, ""
     run_dir = Path(config.run.dir)
@@ -259,7 +270,9 @@ def _open_records(config: Config, world: World, start: Start) -> tuple[MetricsLo
         lost = f"{log.path} is shorter than when update {start.update} was saved: rows are missing from its history"
     log.rewind(start.update if start.how == "resumed" else -1)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    return log, WandbMirror(config, run_dir), attempt, lost
+    mirror = WandbMirror(config, run_dir)
+    note(run_dir, "started", attempt=attempt, update=start.update, ranks=world.size, hosts=hosts)
+    return log, mirror, attempt, lost
 
 
 def _git_commit() -> str | None:

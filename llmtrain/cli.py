@@ -4,12 +4,14 @@ Numbers for scripts go to stdout with `--json`, alone; everything else a person 
 one message and exit code 2, without a traceback, on one rank only.
 """
 
+import gc
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -111,7 +113,7 @@ def train(
 
     run_dir = Path(loaded.run.dir)
     stop = StopRequest(run_dir, loaded.run.max_minutes, job_left_s=seconds_left(run_dir, os.environ))
-    with recorded(run_dir), stop.listening(USER_SIGNALS):
+    with _imports_stay(), recorded(run_dir), stop.listening(USER_SIGNALS):
         from llmtrain.train.run import train as train_run
 
         train_run(
@@ -173,6 +175,16 @@ app.command("bench", epilog="Example: llmtrain bench --config configs/demo_cosin
 app.command("plan", epilog="Example: llmtrain plan --config configs/7b_cosine.yaml --gpus 8 --gpu h100")(plan)
 app.command("export", epilog="Example: llmtrain export runs/7b_cosine --to hf exported/7b")(export)
 app.command("import", epilog="Example: llmtrain import downloads/llama imported/llama")(import_)
+
+
+@contextmanager
+def _imports_stay() -> Iterator[None]:
+    """Put off looking for garbage until `build_engine`: there is none in modules, and to look takes a second of it."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _prepare_command(config: Path, overrides: list[str] | None) -> str:

@@ -265,7 +265,9 @@ class OptimConfig(Section):
     arXiv:2309.14322). Under `weight_decay_schedule`, with multiplier g, `weight_decay` stands for weight_decay * g(k).
     """
 
-    name: Literal["adamw", "muon"] = Field("adamw", description="muon: betas and eps are those of the rest's AdamW")
+    name: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw", description="adamw8bit: matrices' moments in 8 bits; muon: betas and eps are those of the rest's AdamW"
+    )
     betas: Annotated[tuple[Fraction01, Fraction01], Field(strict=False)] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.1, ge=0)
@@ -307,10 +309,15 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of compute; masters, moments and reduction are fp32"
     )
+    fp8: Literal["none", "tensorwise", "rowwise"] = Field(
+        "none", description="single, fsdp, bf16: scales of the blocks' products in fp8, one an operand or one a row"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="deepspeed: what is sharded")
     offload: OffloadConfig = OffloadConfig()
     deepspeed: dict[str, Any] = Field({}, description="deepspeed: keys added to its generated JSON")
-    shard_ranks: PositiveInt | None = Field(None, description="fsdp: ranks that share one copy (HSDP); null: all")
+    shard_ranks: PositiveInt | Literal["node"] | None = Field(
+        None, description="fsdp: ranks that share one copy (HSDP), or node: those of a node; null: all"
+    )
     reshard_after_forward: bool = Field(True, description="fsdp: free gathered blocks between forward and backward")
     activation_checkpointing: Literal["none", "all"] | PositiveInt = Field("none", description="blocks; n: every n-th")
     accumulation_sync: Literal["every", "last"] = Field(
@@ -421,6 +428,11 @@ class Config(Section):
                 'optim.name "muon" runs on engine.kind single and fsdp: it needs matrices, and deepspeed has only flat '
                 "parts of them; write --set engine.kind=fsdp or --set optim.name=adamw"
             )
+        if self.optim.name == "adamw8bit" and self.engine.kind == "deepspeed":
+            raise ValueError(
+                'optim.name "adamw8bit" runs on engine.kind single and fsdp: deepspeed has moments of its own, '
+                "flat and in fp32; write --set engine.kind=fsdp or --set optim.name=adamw"
+            )
         if self.model.tie_embeddings and self.optim.lr_factors.head != 1:
             raise ValueError("optim.lr_factors.head: the head is tied to the embedding; write optim.lr_factors.embed")
         warmup = self.schedule.warmup
@@ -440,6 +452,31 @@ class Config(Section):
                 raise ValueError(f'{field} "{length}" must be at least one update')
         if self.run.stop_at is not None and self.run.stop_at.unit == "auto":
             raise ValueError("run.stop_at must be in steps, tokens or percent")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_fits(self) -> Self:
+        if self.engine.fp8 == "none":
+            return self
+        if self.engine.kind == "deepspeed":
+            raise ValueError(
+                f'engine.fp8 "{self.engine.fp8}" runs on engine.kind single and fsdp: write --set engine.kind=fsdp or '
+                "--set engine.fp8=none"
+            )
+        if self.engine.precision != "bf16":
+            raise ValueError(f'engine.fp8 "{self.engine.fp8}" rounds products of bf16: write engine.precision: bf16')
+        model = self.model
+        for field, size in (
+            ("model.hidden_size", model.hidden_size),
+            ("model.ffn_size", model.ffn_size),
+            ("the size of keys and values, model.num_kv_heads * head size,", model.num_kv_heads * model.head_size),
+            ("the tokens of a micro-batch, batch.micro * batch.seq_len,", self.batch.micro * self.batch.seq_len),
+        ):
+            if size % 16:
+                raise ValueError(
+                    f"engine.fp8: fp8 products need sizes that 16 divides, but {field} is {size}; the nearest are "
+                    f"{size // 16 * 16} and {size // 16 * 16 + 16}"
+                )
         return self
 
     def updates(self, length: Length) -> int:

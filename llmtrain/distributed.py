@@ -91,6 +91,7 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1  # ranks on this node
     group: dist.ProcessGroup | None = None  # the connections it uses; None: those all share
 
     @property
@@ -151,7 +152,7 @@ def open_world(
     if place.size > 1 or collectives:
         _meet(place, device, timeout_s, meet_timeout_s, folder)
     try:
-        yield World(place.rank, place.size, place.local_rank, device)
+        yield World(place.rank, place.size, place.local_rank, device, place.local_size)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -17,8 +17,10 @@ def trajectory_of(config: Config, data_hash: str) -> dict[str, Any]:
     its own. Raises ConfigError where `run.init_from` is no folder of imported weights.
     """
     imported = {} if config.run.init_from is None else {"init_from": read_import(config.run.init_from)["weights_hash"]}
+    rounded = {} if config.engine.fp8 == "none" else {"fp8": config.engine.fp8}
     return {
         **imported,
+        **rounded,
         "seed": config.run.seed,
         "model": config.model.model_dump(mode="json", exclude={"preset"}),
         "data": data_hash,

@@ -22,6 +22,7 @@ from llmtrain.config_file import validate
 from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
 from llmtrain.engines.base import prepare_blocks, unmarked
+from llmtrain.model import precision
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.loss import chunk_tokens
 from llmtrain.planner import activations, fit, state
@@ -200,8 +201,9 @@ def _whole_gradients(module: torch.nn.Module) -> Iterator[torch.Tensor | None]:
 
 def measured(config: Config, world: World) -> dict[str, int]:
     """What the second update of a run holds: before it, when its last micro-batch begins, when the weights change,
-    and at most.
+    and at most. On every CPU as on one without bf16 instructions, which is what is planned.
     """
+    precision.CPU_MULTIPLIES_BF16 = False
     engine: Any = build(config, world)
     engine.load(Constant(), 0)
     micro, seq_len, vocab = config.batch.micro, config.batch.seq_len, config.model.vocab_size

@@ -1,7 +1,11 @@
 """Engines, batch splits and ranks change who computes, not what: losses, learning rates and samples agree."""
 
+import gc
+import hashlib
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,8 @@ from llmtrain.data.dataset import PreparedData, open_data
 from llmtrain.data.order import Order, rank_samples, update_samples
 from llmtrain.distributed import open_world
 from llmtrain.engines import build_engine
+from llmtrain.engines.fsdp import _node_ranks
+from llmtrain.errors import ConfigError
 from llmtrain.schedules import plan
 from llmtrain.train.start import InitialValues
 from llmtrain.train.validation import evaluate
@@ -74,11 +80,11 @@ def trace(config: Config, output: Path, mask: bool, updates: int) -> None:
         world.barrier()
 
 
-def traces(output: Path, count: int, *arguments: Any) -> list[list[Any]]:
+def traces(output: Path, count: int, *arguments: Any, run: Callable[..., None] = trace) -> list[list[Any]]:
     """Rows of loss, gradient norm, LR and the samples of all ranks together; the first three equal on every rank."""
     output.mkdir(parents=True, exist_ok=True)
     config, *others = arguments
-    ranks.start(output, count, trace, config, output, *others).succeeded()
+    ranks.start(output, count, run, config, output, *others).succeeded()
     everyone = [json.loads((output / f"trace_{rank}.json").read_text()) for rank in range(count)]
     for rows in everyone[1:]:
         assert [row[:3] for row in rows] == [row[:3] for row in everyone[0]]
@@ -152,6 +158,104 @@ def test_options_of_memory_and_speed_do_not_change_the_training(prepared: dict[s
     for index, option in enumerate(options):
         rows = traces(tmp_path / f"option_{index}", 2, changed(prepared, **option), False, 4)
         np.testing.assert_allclose(numbers(rows, 0), numbers(plain, 0), rtol=0, atol=1e-5, err_msg=str(option))
+
+
+def state_digest(engine: Any) -> str:
+    """A hash of all that this rank would write into a checkpoint."""
+    digest = hashlib.blake2b()
+    for piece in engine.state().slices:
+        digest.update(f"{piece.name} {piece.start} {piece.stop}".encode())
+        for kind, tensor in sorted(piece.tensors.items()):
+            digest.update(kind.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_with_buckets(config: dict[str, Any], output: Path, defaults: dict[str, int]) -> None:
+    """On every rank, two updates of each ZeRO stage and precision, with the buckets of the rule and with others."""
+    data = open_data(config["data"]["path"])
+    found = {}
+    with open_world(60, collectives=True) as world:
+        torch.set_float32_matmul_precision("medium")
+        for stage, precision in ((s, p) for s in (1, 2, 3) for p in ("fp32", "bf16")):
+            for zero in ({}, defaults):
+                keys = {"zero_stage": stage, "precision": precision, "deepspeed": {"zero_optimization": zero}}
+                run = changed(config, **{f"engine__{key}": value for key, value in keys.items()})
+                engine: Any = build_engine(run, world)
+                engine.load(InitialValues(run), 0)
+                b = run.batch
+                batches = TrainBatches(
+                    data,
+                    order_of(run, data),
+                    sequences=b.sequences,
+                    micro=b.micro,
+                    seq_len=b.seq_len,
+                    rank=world.rank,
+                    world_size=world.size,
+                )
+                losses = [engine.train_step(batches.update(k), 1.0).loss.item() for k in (1, 2)]
+                way = "defaults" if zero else "rule"
+                found[f"{stage} {precision} {way}"] = [losses, state_digest(engine)]
+                sizes = engine.json["zero_optimization"]
+                assert {key: sizes[key] for key in zero} == zero
+                found[f"{stage} {precision} {way} bucket"] = sizes["reduce_bucket_size"]
+        (output / f"buckets_{world.rank}.json").write_text(json.dumps(found))
+        world.barrier()
+
+
+def test_buckets_by_rule_change_memory_alone(prepared: dict[str, Any], tmp_path: Path) -> None:
+    """Sparing 2 GB of buffers would change the losses, or a run could not go on from its checkpoint bit for bit."""
+    config = changed(prepared, engine__kind="deepspeed").model_dump(mode="json")
+    defaults = {
+        "reduce_bucket_size": 500_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_param_persistence_threshold": 100_000,
+    }
+    ranks.start(tmp_path, 2, train_with_buckets, config, tmp_path, defaults).succeeded()
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"buckets_{rank}.json").read_text())
+        for case in (f"{stage} {precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16")):
+            assert found[f"{case} rule"] == found[f"{case} defaults"], case
+            assert found[f"{case} rule bucket"] < 10**6 < found[f"{case} defaults bucket"]
+
+
+def trace_on_two_nodes(*arguments: Any) -> None:
+    """`trace` on four ranks, two on each node."""
+    rank = int(os.environ["RANK"])
+    os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
+    trace(*arguments)
+
+
+def share_nodes(output: Path, layouts: list[list[tuple[str, int, int]]]) -> None:
+    """What each rank is told of worlds where it is number l of the n on a node: (node, n, l) by layout and rank."""
+    said = []
+    with open_world(60, collectives=True) as world:
+        for layout in layouts:
+            os.environ["SLURMD_NODENAME"], size, local_rank = layout[world.rank]
+            try:
+                said.append(str(_node_ranks(replace(world, local_size=size, local_rank=local_rank))))
+            except ConfigError as error:
+                said.append(str(error))
+        (output / f"said_{world.rank}.json").write_text(json.dumps(said))
+        world.barrier()
+
+
+def test_a_copy_of_the_shards_on_each_node(prepared: dict[str, Any], tmp_path: Path) -> None:
+    """Every gather would cross the slow links between nodes, or uneven nodes would share a copy across them."""
+    config = changed(prepared, engine__kind="fsdp", engine__shard_ranks=2)
+    numbered = traces(tmp_path / "number", 4, config, False, 3)
+    by_node = changed(config.model_dump(mode="json"), engine__shard_ranks="node")
+    assert traces(tmp_path / "node", 4, by_node, False, 3, run=trace_on_two_nodes) == numbered
+    layouts = [
+        [("a", 2, 0), ("a", 2, 1), ("b", 2, 0), ("b", 2, 1)],
+        [("a", 3, 0), ("a", 3, 1), ("a", 3, 2), ("b", 1, 0)],
+        [("a", 2, 0), ("b", 2, 0), ("a", 2, 1), ("b", 2, 1)],
+    ]
+    ranks.start(tmp_path / "said", 4, share_nodes, tmp_path / "said", layouts).succeeded()
+    for rank in range(4):
+        even, uneven, mixed = json.loads((tmp_path / "said" / f"said_{rank}.json").read_text())
+        assert even == "2"
+        assert "a has 3, b has 1" in uneven
+        assert "rank 1 is number 0 of the 2 on b" in mixed
 
 
 def test_compiled_blocks_train_as_eager_ones(prepared: dict[str, Any], tmp_path: Path) -> None:
@@ -241,3 +345,15 @@ def test_norms_and_embeddings_do_not_decay(prepared: dict[str, Any]) -> None:
     decayed = {names[id(p)] for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
     assert plain == {name for name in names.values() if "norm" in name or name == "embed.weight"}
     assert len(plain) + len(decayed) == len(names)
+
+
+def test_garbage_is_collected_once_an_engine_is_built(prepared: dict[str, Any]) -> None:
+    """A start that puts off collecting would train without it, and memory would grow."""
+    gc.disable()
+    try:
+        with open_world(60, collectives=False) as world:
+            build_engine(changed(prepared), world)
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()

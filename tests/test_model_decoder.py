@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtrain.config import ModelConfig, RopeScaling
+from llmtrain.model import precision
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.initial import initial_slice, parameter_shapes
 from llmtrain.model.loss import IGNORE
@@ -294,3 +296,36 @@ def test_bf16_loss_is_close_to_fp32():
         rounded = model.to(torch.bfloat16)(tokens, targets)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=2e-3, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """The types in which matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in func._schema.name for word in ("::mm", "::bmm", "::addmm", "attention")):
+            self.dtypes.update(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_computes_in_fp32_what_this_cpu_multiplies_slowly(monkeypatch):
+    """ZeRO-0 in bf16 would take five times as long as the other stages on a laptop."""
+    config = small()
+    found = {}
+    for native in (True, False):
+        monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", native)
+        model = built(config)
+        with Products() as products:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(*batch(config))
+                logits = model(batch(config)[0])
+            loss.backward()
+        found[native] = loss.detach(), gradients(model), logits.detach()
+        assert products.dtypes == ({torch.float32, torch.bfloat16} if native else {torch.float32})
+    torch.testing.assert_close(found[False][0], found[True][0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(found[False][2], found[True][2], rtol=2**-6, atol=2**-6)
+    for name, gradient in found[False][1].items():
+        assert (gradient - found[True][1][name]).norm() < 0.02 * gradient.norm(), name

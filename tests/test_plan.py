@@ -15,7 +15,7 @@ from llmtrain.data.batches import Batch
 from llmtrain.distributed import World, find_place, open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import parameter_groups
-from llmtrain.model import loss
+from llmtrain.model import loss, precision
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.loss import chunk_tokens
 from llmtrain.planner import activations, fit, state
@@ -97,21 +97,21 @@ def measure_one_way(way: str, name: str, output: Path) -> None:
 
 
 @pytest.mark.parametrize("tokens", [64, 128])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-def test_logits_are_held_as_planned(monkeypatch: pytest.MonkeyPatch, precision: str, tokens: int) -> None:
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "autocast"])
+def test_logits_are_held_as_planned(monkeypatch: pytest.MonkeyPatch, compute: str, tokens: int) -> None:
     """A GPU would hold a chunk of logits more than its plan, which is GiBs with a large vocabulary."""
     monkeypatch.setattr(loss, "chunk_tokens", lambda *found: min(found[0], 64))
-    monkeypatch.setattr(loss, "needs_widening", lambda x: False)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if precision == "bf16":  # on a GPU the product of rounded matrices is never rounded
+    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", True)
+    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+    if compute == "bf16":  # on a GPU the product of rounded matrices is never rounded
         monkeypatch.setattr(loss, "_product", lambda a, b: a.float() @ b.float())
     head = loss.Head(32, 1000).to(dtype)
     hidden = torch.zeros((1, tokens, 32), dtype=dtype, requires_grad=True)
     targets = torch.zeros((1, tokens), dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"), Ledger((64, 1000)) as ledger:
+    with torch.autocast("cpu", torch.bfloat16, enabled=compute == "autocast"), Ledger((64, 1000)) as ledger:
         head(hidden, targets)
-    c = 4 if precision == "fp32" else 2
-    assert ledger.wide_peak == activations.logits_bytes(tokens, 64, 1000, c, precision == "autocast")
+    c = 4 if compute == "fp32" else 2
+    assert ledger.wide_peak == activations.logits_bytes(tokens, 64, 1000, c, compute == "autocast")
 
 
 def test_chunks_and_groups_are_those_of_the_engines() -> None:

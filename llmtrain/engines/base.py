@@ -6,7 +6,7 @@ this rank holds, as fp32 weight and moments. A dim-0 FSDP2 shard is such a range
 one checkpoint serves every engine on any number of ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,8 @@ from torch import Tensor
 from llmtrain.config import Config, OptimConfig
 from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
+from llmtrain.engines.eightbit import Moment, Unpacked
+from llmtrain.engines.fp8 import described
 from llmtrain.model.decoder import Block, Decoder
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
@@ -41,13 +43,16 @@ class StepStats(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Elements [start, stop) of one flattened parameter, as views into what this rank trains."""
+    """Elements [start, stop) of one flattened parameter, as views into what this rank trains.
+
+    Moments kept in 8 bits are the exception: each look at one makes an fp32 copy, and only `fill` writes them.
+    """
 
     name: str
     start: int
     stop: int
     numel: int  # of the whole parameter
-    tensors: dict[str, Tensor]  # WEIGHT, EXP_AVG and, but for the matrices of Muon, EXP_AVG_SQ: 1-D fp32
+    tensors: Mapping[str, Tensor]  # WEIGHT, EXP_AVG and, but for the matrices of Muon, EXP_AVG_SQ: 1-D fp32
 
 
 class FlatState(NamedTuple):
@@ -176,19 +181,27 @@ def start_moments(optimizer: Optimizer, parameters: Iterable[Tensor], update: in
         state["step"] = torch.tensor(float(update), dtype=torch.float32, device=parameter.device)
 
 
-def moments(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def moments(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's moments of one parameter, by kind. Muon's is a running mean of gradients, as AdamW's first is."""
     if MOMENTUM in state:
         return {EXP_AVG: state[MOMENTUM]}
     return {EXP_AVG: state[EXP_AVG], EXP_AVG_SQ: state[EXP_AVG_SQ]}
 
 
+def flattened(held: Mapping[str, Any], flat: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
+    """What a slice says it holds: `flat` of each tensor, and of moments in 8 bits what can be read from them."""
+    if any(isinstance(one, Moment) for one in held.values()):
+        return Unpacked({kind: one if isinstance(one, Moment) else flat(one) for kind, one in held.items()})
+    return {kind: flat(one) for kind, one in held.items()}
+
+
 def fill(slices: Sequence[Slice], source: StateSource) -> None:
     """Copy every tensor of every slice from `source`."""
     with torch.no_grad():
         for piece in slices:
-            for kind, tensor in piece.tensors.items():
-                tensor.copy_(source.read(piece.name, kind, piece.start, piece.stop))
+            kept = piece.tensors.kept if isinstance(piece.tensors, Unpacked) else piece.tensors
+            for kind, one in kept.items():
+                one.copy_(source.read(piece.name, kind, piece.start, piece.stop))
 
 
 @contextmanager
@@ -220,6 +233,12 @@ def prepare_blocks(model: Decoder, config: Config) -> None:
     if config.engine.compile:
         torch._functorch.config.activation_memory_budget = config.engine.activation_memory
         model.head.compile_likelihood()
+
+
+def lowered(config: Config, device: torch.device) -> str:
+    """What the banner adds where less is kept or computed with than the precision says."""
+    moments_too = "; moments of matrices in 8 bits" if config.optim.name == "adamw8bit" else ""
+    return f"{moments_too}{described(config, device)}"
 
 
 def summed(world: World, value: Tensor) -> Tensor:

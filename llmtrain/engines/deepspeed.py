@@ -43,6 +43,7 @@ from llmtrain.engines.base import (
     summed,
     unmarked,
 )
+from llmtrain.model.buckets import zero_buckets
 from llmtrain.model.decoder import Block, Decoder
 
 
@@ -51,7 +52,7 @@ def generated_json(config: Config, world_size: int) -> dict[str, Any]:
     engine = config.engine
     accumulation = config.batch.accumulation(world_size)
     low_precision = engine.precision == "bf16" and engine.zero_stage > 0
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {"stage": engine.zero_stage, **zero_buckets(config.model, engine.zero_stage)}
     if engine.offload.optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload.parameters:
@@ -187,8 +188,7 @@ class DeepSpeedEngine:
         if self.stage in (1, 2):
             zero.update_lp_params()
         elif self.stage == 3:
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].partition(zero.persistent_parameters)
+            zero.checkpoint_event_prologue()  # lets go of every gathered weight
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             zero.checkpoint_event_epilogue()
@@ -210,8 +210,9 @@ def _import_deepspeed(world: World) -> Any:
     logger.setLevel(logging.WARNING)
     # It calls collectives by names that newer versions of torch deprecate.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*")
-    # On a CPU it would compile an extension for inference when first started, behind a lock that a kill leaves there.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its extensions are not used here. Asked which of them it could build, it would run compilers; and on a CPU it
+    # would build one for inference when first started, behind a lock that a kill leaves there.
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys(("deepspeed_shm_comm", "deepspeed_not_implemented"), False)
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
 

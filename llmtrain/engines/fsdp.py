@@ -2,12 +2,13 @@
 
 `fully_shard` per block and once for the rest; fp32 sharded parameters are the masters; compute in bf16 where asked;
 gradients are reduced in fp32 and accumulate there. With `engine.shard_ranks` the ranks form a mesh of copies, each
-sharded over so many ranks (HSDP). Zhao 2023, arXiv:2304.11277, and the torch.distributed.fsdp.fully_shard
-documentation.
+sharded over so many ranks, or over those of a node (HSDP). Zhao 2023, arXiv:2304.11277, and the documentation of
+torch.distributed.fsdp.fully_shard.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from llmtrain.config import Config
 from llmtrain.data.batches import Batch
-from llmtrain.distributed import World
+from llmtrain.distributed import World, node_name
 from llmtrain.engines.base import (
     WEIGHT,
     FlatState,
@@ -30,7 +31,9 @@ from llmtrain.engines.base import (
     StepStats,
     count_valid,
     fill,
+    flattened,
     inference,
+    lowered,
     moments,
     prepare_blocks,
     score,
@@ -38,7 +41,9 @@ from llmtrain.engines.base import (
     summed,
     unmarked,
 )
-from llmtrain.engines.muon import ShardedMuon, build_optimizer
+from llmtrain.engines.fp8 import use_fp8
+from llmtrain.engines.muon import ShardedMuon
+from llmtrain.engines.optimizers import build_optimizer
 from llmtrain.errors import ConfigError
 from llmtrain.model.decoder import Decoder
 
@@ -56,6 +61,7 @@ class FsdpEngine:
         self.mesh = _mesh(config, world)
         with torch.device("meta"):
             model = Decoder(config.model)
+        use_fp8(model, config, world.device)
         prepare_blocks(model, config)
         compute = torch.bfloat16 if self.precision == "bf16" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
@@ -64,8 +70,12 @@ class FsdpEngine:
                 block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=config.engine.reshard_after_forward
             )
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        for block, following in pairwise(model.blocks):  # gathered before this one's kernels are started, not after
+            assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
+            block.set_modules_to_forward_prefetch([following])
         self.model = model.to_empty(device=world.device)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optim, ShardedMuon)
+        self.lowered = lowered(config, world.device)
         self.updates = 0
 
     def train_step(
@@ -118,7 +128,7 @@ class FsdpEngine:
             row = parameter.numel() // parameter.shape[0]
             start = min(offset[0], parameter.shape[0]) * row if shape[0] else 0
             held = {WEIGHT: parameter, **moments(self.optimizer.state[parameter])}
-            tensors = {kind: _local(tensor) for kind, tensor in held.items()}
+            tensors = flattened(held, _local)
             slices.append(Slice(name, start, start + shape[0] * row, parameter.numel(), tensors))
         replica = self.mesh.get_local_rank("replicate") if self.mesh.ndim == 2 else 0
         return FlatState(slices, self.updates, writes=replica == 0)
@@ -136,7 +146,7 @@ class FsdpEngine:
         )
         return (
             f"FSDP2 over {self.world.size} ranks ({copies} x {shards} shards), {self.precision} compute, "
-            f"fp32 masters, moments, accumulation and reduction{kept}"
+            f"fp32 masters, moments, accumulation and reduction{kept}{self.lowered}"
         )
 
     def _whole_gib(self) -> float:
@@ -156,11 +166,35 @@ class FsdpEngine:
 
 def _mesh(config: Config, world: World) -> DeviceMesh:
     shards = config.engine.shard_ranks
+    if shards == "node":
+        shards = _node_ranks(world)
     if shards is None or shards == world.size:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     if world.size % shards:
         raise ConfigError(f"engine.shard_ranks {shards} does not divide the {world.size} ranks")
     return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def _node_ranks(world: World) -> int:
+    """How many ranks share a node. Collective. Raises ConfigError where nodes are not rows of as many ranks each."""
+    told = world.gather_text(f"{node_name()} {world.local_size} {world.local_rank}")
+    nodes = [(name, int(size), int(local_rank)) for name, size, local_rank in (text.rsplit(" ", 2) for text in told)]
+    sizes = {size for _, size, _ in nodes}
+    if len(sizes) > 1:
+        each = dict.fromkeys((name, size) for name, size, _ in nodes)
+        counts = ", ".join(f"{name} has {size}" for name, size in each)
+        raise ConfigError(
+            f'engine.shard_ranks "node" wants as many ranks on every node, but {counts}: start as many on each, or '
+            "write a number"
+        )
+    size = sizes.pop()
+    for rank, (name, _, local_rank) in enumerate(nodes):
+        if rank % size != local_rank:
+            raise ConfigError(
+                f'engine.shard_ranks "node" wants the ranks of a node one after another, but rank {rank} is number '
+                f"{local_rank} of the {size} on {name}: start them node by node (srun --distribution=block)"
+            )
+    return size
 
 
 def _local(tensor: Any) -> Tensor:

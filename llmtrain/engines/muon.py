@@ -6,7 +6,7 @@ an update is about as large as one of AdamW, so one peak and one weight decay fi
 Embedding, head and norms stay with AdamW.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import _muon
 
-from llmtrain.config import OptimConfig
-from llmtrain.engines.base import MOMENTUM, Optimizer, build_adamw
-from llmtrain.model.initial import is_block_matrix
+from llmtrain.engines.base import MOMENTUM
 
 SCALE = "match_rms_adamw"
 
@@ -81,22 +79,6 @@ class ShardedMuon(torch.optim.Muon):
         gradient, mean = matrix.grad.to_local(), self.state[matrix][MOMENTUM].to_local()
         mean.lerp_(gradient, 1 - momentum)
         return gradient.lerp(mean, momentum).bfloat16().view(-1)
-
-
-def build_optimizer(
-    named: Iterable[tuple[str, Any]], optim: OptimConfig, muon: type[torch.optim.Muon] = torch.optim.Muon
-) -> Optimizer:
-    """The optimizer that `optim.name` asks for, at learning rate 0; the rate is written before every update."""
-    if optim.name == "adamw":
-        return build_adamw(named, optim)
-    matrices, others = [], []
-    for name, parameter in named:
-        if is_block_matrix(name):
-            matrices.append(parameter)
-        else:
-            others.append((name, parameter))
-    group = {"params": matrices, "decay": optim.weight_decay, "lr_scale": 1.0}
-    return MuonAndAdamW(muon([group], lr=0.0, adjust_lr_fn=SCALE), build_adamw(others, optim))
 
 
 def _shard_sizes(shape: Sequence[int], ranks: int) -> list[int]:

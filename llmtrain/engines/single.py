@@ -22,14 +22,17 @@ from llmtrain.engines.base import (
     StateSource,
     StepStats,
     fill,
+    flattened,
     inference,
+    lowered,
     moments,
     prepare_blocks,
     score,
     start_moments,
     unmarked,
 )
-from llmtrain.engines.muon import build_optimizer
+from llmtrain.engines.fp8 import use_fp8
+from llmtrain.engines.optimizers import build_optimizer
 from llmtrain.errors import ConfigError
 from llmtrain.model.decoder import Decoder
 
@@ -49,6 +52,7 @@ class SingleEngine:
         self.rate = LearningRate.of(config)
         with torch.device("meta"):
             model = Decoder(config.model)
+        use_fp8(model, config, world.device)
         self.model = model.to_empty(device=world.device)
         self.masters: dict[str, Tensor] = dict(self.model.named_parameters())
         self.low_precision = config.engine.precision == "bf16"
@@ -59,6 +63,7 @@ class SingleEngine:
                 parameter.register_post_accumulate_grad_hook(_folding_into(self.masters[name]))  # type: ignore[no-untyped-call]
         prepare_blocks(self.model, config)
         self.optimizer = build_optimizer(self.masters.items(), config.optim)
+        self.lowered = lowered(config, world.device)
         self.updates = 0
 
     def train_step(
@@ -99,7 +104,7 @@ class SingleEngine:
         slices = []
         for name, master in self.masters.items():
             held = {WEIGHT: master.detach(), **moments(self.optimizer.state[master])}
-            tensors = {kind: tensor.view(-1) for kind, tensor in held.items()}
+            tensors = flattened(held, lambda tensor: tensor.view(-1))
             slices.append(Slice(name, 0, master.numel(), master.numel(), tensors))
         return FlatState(slices, self.updates, writes=True)
 
@@ -111,7 +116,7 @@ class SingleEngine:
 
     def describe(self) -> str:
         compute = "bf16 compute, fp32 masters" if self.low_precision else "fp32"
-        return f"single device {self.world.device}, {compute}, fp32 gradients and moments"
+        return f"single device {self.world.device}, {compute}, fp32 gradients and moments{self.lowered}"
 
     @torch.no_grad()
     def _publish(self) -> None:

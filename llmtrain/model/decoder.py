@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import ModelConfig
+from llmtrain.model.attention import Documents, OneByOne, attend, documents_for, one_by_one, one_by_one_uncompiled
 from llmtrain.model.loss import Head, Reduction
-from llmtrain.model.precision import linear, needs_widening
+from llmtrain.model.precision import linear
 from llmtrain.model.rope import Rotary
 
 
@@ -45,13 +46,13 @@ class Decoder(nn.Module):
         """Without `targets` logits (B, T, V), else the summed NLL, or with "none" that of each position (B, T); fp32.
 
         `tokens`, `targets` and `document_ids` are (B, T) integers. Targets equal to IGNORE count as 0. With
-        `document_ids` a position sees only earlier ones of the same document.
+        `document_ids`, which never fall along a sequence, a position sees only earlier ones of the same document.
         """
         self.rotary.prepare(tokens.device)
-        mask = None if document_ids is None else document_mask(document_ids)
+        documents = None if document_ids is None else documents_for(document_ids, self.config.head_size)
         x = self.embed(tokens)  # (B, T, D)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, documents)
         logits_or_loss: Tensor = self.head(self.norm(x), targets, reduction)
         return logits_or_loss
 
@@ -84,16 +85,17 @@ class Block(nn.Module):
     def compile_body(self) -> None:
         """Compile what `forward` computes, for each shape apart, so that no shape's kernels depend on earlier ones."""
         self._body = torch.compile(self._body, dynamic=False)  # type: ignore[method-assign]
+        self.attention.one_by_one = one_by_one_uncompiled()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             # Nothing in a block is random, so there is no random state to keep.
-            out: Tensor = checkpoint(self._body, x, mask, use_reentrant=False, preserve_rng_state=False)
+            out: Tensor = checkpoint(self._body, x, documents, use_reentrant=False, preserve_rng_state=False)
             return out
-        return self._body(x, mask)
+        return self._body(x, documents)
 
-    def _body(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)  # (B, T, D)
+    def _body(self, x: Tensor, documents: Documents | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), documents)  # (B, T, D)
         out: Tensor = x + self.ffn(self.ffn_norm(x))
         return out
 
@@ -105,40 +107,20 @@ class Attention(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.head_size = config.head_size
-        self.queries_per_key = config.num_heads // config.num_kv_heads
+        self.one_by_one: OneByOne = one_by_one
         kv_size = config.num_kv_heads * config.head_size
         self.wq = Linear(config.hidden_size, config.hidden_size)
         self.wk = Linear(config.hidden_size, kv_size)
         self.wv = Linear(config.hidden_size, kv_size)
         self.wo = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents | None) -> Tensor:
         q = self.rotary(self.wq(x).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # (B, H, T, Q)
         k = self.rotary(self.wk(x).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # (B, G, T, Q)
         v = self.wv(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, G, T, Q)
-        if mask is not None and self.queries_per_key > 1:
-            # No fused kernel takes both a mask and grouped heads.
-            k = k.repeat_interleave(self.queries_per_key, dim=1)
-            v = v.repeat_interleave(self.queries_per_key, dim=1)
-        out = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, T, D)
+        out = attend(q, k, v, documents, self.one_by_one).transpose(1, 2).flatten(2)  # (B, T, D)
         projected: Tensor = self.wo(out)
         return projected
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention, or attention where `mask` (B, 1, T, T) is true. (B, H, T, Q) with (B, G, T, Q) twice."""
-    dtype = q.dtype
-    if needs_widening(q):
-        q, k, v = q.float(), k.float(), v.float()
-    grouped = k.shape[1] != q.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return out.to(dtype)
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Which position may see which: itself and earlier ones of its document. (B, T) to (B, 1, T, T)."""
-    same = document_ids.unsqueeze(2) == document_ids.unsqueeze(1)  # (B, T, T)
-    return same.tril().unsqueeze(1)
 
 
 class FeedForward(nn.Module):

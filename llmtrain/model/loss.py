@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmtrain.model.precision import linear, needs_widening
+from llmtrain.model.precision import autocast_falls_back, linear, needs_widening
 
 IGNORE = -100
 """The target of a position that does not count."""
@@ -41,6 +41,9 @@ class Head(nn.Module):
 
         Always fp32. "none" gives no gradients and is refused where they are wanted.
         """
+        if autocast_falls_back(hidden):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(hidden.bfloat16(), targets, reduction)
         if targets is None:
             return linear(hidden, self.weight).float()
         tokens = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
@@ -102,7 +105,7 @@ def _chunked(
     nll = torch.empty(N, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if gradients else hidden
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if gradients else weight
-    operand = weight.float() if needs_widening(hidden) else weight
+    operand = weight.to(hidden.dtype).float() if needs_widening(hidden) else weight
     size = chunk_tokens(N, V, hidden.device.type)
     for start in range(0, N, size):
         part = slice(start, start + size)

@@ -2,7 +2,8 @@
 
 As `llmtrain/model/` computes on a GPU: fused norms keep their input, fused attention keeps q, k, v, its output and a
 sum a head, SwiGLU keeps four feed-forward tensors, a recomputed block only its input. The head's logits exist for one
-chunk of tokens. Compiled blocks keep less, so there this is an upper bound.
+chunk of tokens. Compiled blocks keep less, so there this is an upper bound. Attention within documents keeps the same,
+and a table of tiles that is shared by all blocks; on a CPU the output of each document besides.
 
 Letters: n tokens, D hidden size, F feed-forward size, V vocabulary, c bytes of the compute type, r of the residual.
 """
@@ -14,6 +15,8 @@ from llmtrain.config import Config
 from llmtrain.planner.state import FP32, Bytes, compute_bytes
 
 CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**21}
+TILE = 128  # positions, as in `llmtrain.model.attention`, which needs torch
+INT32 = 4
 
 
 @dataclass(frozen=True)
@@ -31,35 +34,45 @@ def micro_batch(config: Config, device: str = "cuda") -> MicroBatch:
     r = FP32 if _autocasts(config) else c
     D, F, V = model.hidden_size, model.ffn_size, model.vocab_size
     recomputed = recomputed_blocks(config)
-    block = block_bytes(config)
-    kept = recomputed * r * n * D + (model.num_layers - recomputed) * block + _mask_bytes(config, shared=True)
+    block = block_bytes(config, device)
+    kept = recomputed * r * n * D + (model.num_layers - recomputed) * block + document_bytes(config, device)
     inputs = 2 * 8 * n
-    widened = FP32 if device == "cpu" and not _autocasts(config) else compute_bytes(config)  # a CPU multiplies in fp32
+    multiplied = FP32 if device == "cpu" else c  # a CPU's products are planned as if it had no bf16 instructions
     chunk = chunk_tokens(n, V, device)
     rope = 2 * FP32 * model.max_seq_len * model.head_size
     going_back = c * n * (2 * F + D) + (block if recomputed else 0) + c * D * F
     return MicroBatch(
         forward={
             "activations": kept + inputs + n * ((r + 2 * c) * D + FP32),
-            "logits": logits_bytes(n, chunk, V, widened, _autocasts(config)),
+            "logits": logits_bytes(n, chunk, V, multiplied, _autocasts(config) and device == "cuda"),
             "workspace": rope + 2 * FP32 * V * D,
         },
         backward={"activations": kept + inputs, "workspace": rope + going_back},
     )
 
 
-def block_bytes(config: Config) -> int:
+def block_bytes(config: Config, device: str = "cuda") -> int:
     """What one block keeps where nothing is recomputed."""
     model, n = config.model, config.batch.micro * config.batch.seq_len
     c = compute_bytes(config)
     D, F = model.hidden_size, model.ffn_size
     kv = model.num_kv_heads * model.head_size
-    if config.data.document_mask:
-        kv = D  # no fused kernel takes a mask and grouped heads: keys and values are repeated
+    apart = c * D if config.data.document_mask and device == "cpu" else 0  # each document's output, before they are one
     residual = 2 * D * (FP32 if _autocasts(config) else c)
     normed = (5 if _autocasts(config) else 2) * D * c  # autocast rounds a norm's output for each projection
     sums = FP32 * (model.num_heads + 2)
-    return n * (residual + normed + c * (2 * D + 2 * kv + 4 * F) + sums) + _mask_bytes(config, shared=False)
+    return n * (residual + normed + c * (2 * D + 2 * kv + 4 * F) + apart + sums)
+
+
+def document_bytes(config: Config, device: str = "cuda") -> int:
+    """What says which positions are of one document: their numbers, and on a GPU two tables of tiles, of whole ones and
+    others, each by queries and by keys.
+    """
+    if not config.data.document_mask:
+        return 0
+    micro, T = config.batch.micro, config.batch.seq_len
+    tiles = -(-T // TILE)
+    return INT32 * micro * (T + (4 * tiles * (tiles + 1) if device == "cuda" else 0))
 
 
 def recomputed_blocks(config: Config) -> int:
@@ -91,10 +104,3 @@ def chunk_tokens(tokens: int, vocab_size: int, device: str) -> int:
 def _autocasts(config: Config) -> bool:
     engine = config.engine
     return engine.kind == "deepspeed" and engine.zero_stage == 0 and engine.precision == "bf16"
-
-
-def _mask_bytes(config: Config, shared: bool) -> int:
-    """The document mask, made once, and the copy of it in compute type that each block's attention keeps."""
-    if not config.data.document_mask:
-        return 0
-    return config.batch.micro * config.batch.seq_len**2 * (1 if shared else compute_bytes(config))

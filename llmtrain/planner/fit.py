@@ -14,6 +14,7 @@ from llmtrain.config import Config
 from llmtrain.errors import ConfigError
 from llmtrain.planner.gpus import Gpu
 from llmtrain.planner.memory import memory
+from llmtrain.planner.state import copy_ranks
 
 MOST_RANKS = 4096
 Tried = tuple[str, dict[str, Any], int]
@@ -133,7 +134,7 @@ def _on_these(config: Config, ranks: int) -> Iterator[Tried]:
         sharded += [(f"ZeRO stage {stage}", {"zero_stage": stage}) for stage in stages]
     if engine.kind != "fsdp":
         sharded.append(("FSDP2", LAYOUTS["fsdp"]))
-    elif engine.shard_ranks is not None and engine.shard_ranks < ranks:
+    elif copy_ranks(config, ranks) < ranks:
         sharded.append(("one copy over all ranks", {"shard_ranks": None}))
     for words, change in sharded:
         yield words, change, ranks

@@ -10,7 +10,7 @@ from typing import Literal
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError
 from llmtrain.planner.activations import block_bytes, micro_batch
-from llmtrain.planner.state import FP32, KINDS, Bytes, holdings, moment_bytes, sizes
+from llmtrain.planner.state import FP32, KINDS, Bytes, copy_ranks, holdings, kept_moment_bytes, moment_bytes, sizes
 
 Moment = Literal["forward", "backward", "reduce", "update"]
 
@@ -36,17 +36,19 @@ def memory(config: Config, ranks: int, device: Literal["cuda", "cpu"] = "cuda") 
     held = holdings(config, ranks)
     work = micro_batch(config, device)
     moments_here = held.host.get("moments", 0) + held.always.get("moments", 0)
-    weights = moments_here * FP32 * sum(sizes(config).values()) // moment_bytes(sizes(config), config)
+    elements = sizes(config)
+    weights = moments_here * FP32 * sum(elements.values()) // kept_moment_bytes(elements, config)
+    saved = moments_here * moment_bytes(elements, config) // kept_moment_bytes(elements, config)
     always = dict(held.always)
     host = dict(held.host)
     if config.validation.ema_window is not None:
         (host if "moments" in held.host else always)["average"] = weights
     if config.checkpoint.async_save:
-        host["checkpoint"] = moments_here + weights * (1 if config.validation.ema_window is None else 2)
+        host["checkpoint"] = saved + weights * (1 if config.validation.ema_window is None else 2)
     at: dict[Moment, Bytes] = {
         "forward": _sum(always, held.forward, work.forward),
         "backward": _sum(always, held.backward, work.backward),
-        "reduce": _sum(always, held.reduce, {"activations": block_bytes(config)}),
+        "reduce": _sum(always, held.reduce, {"activations": block_bytes(config, device)}),
         "update": _sum(always, held.update),
     }
     moments = {moment: sum(kinds.values()) for moment, kinds in at.items()}
@@ -62,7 +64,7 @@ def check_ranks(config: Config, ranks: int) -> None:
             f'engine.kind "single" runs on one rank, but there are {ranks}: '
             "use --set engine.kind=fsdp or --set engine.kind=deepspeed"
         )
-    if engine.kind == "fsdp" and engine.shard_ranks is not None and ranks % engine.shard_ranks:
+    if engine.kind == "fsdp" and ranks % copy_ranks(config, ranks):
         raise ConfigError(f"engine.shard_ranks {engine.shard_ranks} does not divide the {ranks} ranks")
     config.batch.accumulation(ranks)
 

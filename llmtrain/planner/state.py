@@ -18,11 +18,14 @@ from typing import Any
 
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError
+from llmtrain.model.buckets import zero_buckets
 from llmtrain.model.initial import is_block_matrix, parameter_shapes
 
 FP32 = 4
 KINDS = ("weights", "masters", "moments", "gradients", "communication", "average", "activations", "logits", "workspace")
-ALLREDUCE_ELEMENTS = 500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, not an option
+ALLREDUCE_ELEMENTS = 500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, of stage 0 and of 1 in bf16; not an option
+
+NODE_RANKS = 8
 
 Bytes = dict[str, int]
 
@@ -46,8 +49,10 @@ def holdings(config: Config, ranks: int) -> Holdings:
         return _single(config, accumulates)
     if config.engine.kind == "fsdp":
         return _fsdp(config, ranks, accumulates)
-    if config.optim.name == "muon":
-        raise ConfigError('optim.name "muon" runs on engine.kind single and fsdp, not on deepspeed')
+    if config.optim.name != "adamw":
+        raise ConfigError(f'optim.name "{config.optim.name}" runs on engine.kind single and fsdp, not on deepspeed')
+    if config.engine.fp8 != "none":
+        raise ConfigError(f'engine.fp8 "{config.engine.fp8}" runs on engine.kind single and fsdp, not on deepspeed')
     if config.engine.zero_stage == 0:
         return _zero0(config, accumulates)
     if config.engine.zero_stage == 3:
@@ -55,6 +60,12 @@ def holdings(config: Config, ranks: int) -> Holdings:
     if config.engine.zero_stage == 1 and config.engine.precision == "bf16" and not config.engine.offload.optimizer:
         return _zero1_bf16(config, ranks, accumulates)
     return _zero12(config, ranks, accumulates)
+
+
+def copy_ranks(config: Config, ranks: int) -> int:
+    """S of FSDP2. The plan does not know the nodes: it takes them for eight ranks each, or for four or two that fit."""
+    shards = config.engine.shard_ranks
+    return math.gcd(NODE_RANKS, ranks) if shards == "node" else shards or ranks
 
 
 def compute_bytes(config: Config) -> int:
@@ -68,14 +79,23 @@ def sizes(config: Config) -> dict[str, int]:
 
 
 def moment_bytes(elements: dict[str, int], config: Config) -> int:
-    """Of parameters with so many elements: two moments, and one of a matrix that Muon trains."""
+    """Of parameters with so many elements, as saved: two moments, and one of a matrix that Muon trains."""
     muon = config.optim.name == "muon"
     return FP32 * sum((1 if muon and is_block_matrix(name) else 2) * n for name, n in elements.items())
 
 
+def kept_moment_bytes(elements: dict[str, int], config: Config) -> int:
+    """The same on the device: under adamw8bit those of a matrix are a byte an element, and 4 bytes a block of 256."""
+    if config.optim.name != "adamw8bit":
+        return moment_bytes(elements, config)
+    norms = {name: n for name, n in elements.items() if name.endswith("norm.weight")}
+    matrices = sum(n + 4 * math.ceil(n / 256) for name, n in elements.items() if name not in norms)
+    return 2 * matrices + moment_bytes(norms, config)
+
+
 def _single(config: Config, accumulates: bool) -> Holdings:
     P, c = sum(sizes(config).values()), compute_bytes(config)
-    moments = moment_bytes(sizes(config), config)
+    moments = kept_moment_bytes(sizes(config), config)
     gradients = {"gradients": FP32 * P}
     return Holdings(
         always={"weights": c * P, "masters": FP32 * P if c < FP32 else 0, "moments": moments},
@@ -88,7 +108,7 @@ def _single(config: Config, accumulates: bool) -> Holdings:
 
 def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
     """fp32 shards of every parameter along its first dimension; blocks and the rest are gathered in compute type."""
-    S = config.engine.shard_ranks or ranks
+    S = copy_ranks(config, ranks)
     c = compute_bytes(config)
     shards = {
         name: math.ceil(shape[0] / S) * math.prod(shape[1:]) for name, shape in parameter_shapes(config.model).items()
@@ -105,7 +125,7 @@ def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
     accumulated = FP32 * shard * (S if late else 1) if accumulates else 0
     head = c * config.model.vocab_size * config.model.hidden_size
     return Holdings(
-        always={"weights": FP32 * shard, "moments": moment_bytes(shards, config)},
+        always={"weights": FP32 * shard, "moments": kept_moment_bytes(shards, config)},
         forward={"gradients": accumulated, "communication": c * (root + kept) + gathering},
         backward={
             "gradients": accumulated + head + c * block,
@@ -154,7 +174,7 @@ def _zero12(config: Config, ranks: int, accumulates: bool) -> Holdings:
     groups = _groups(config)
     P = sum(sum(group.values()) for group in groups)
     part = math.ceil(P / ranks)
-    bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_ELEMENTS))
+    bucket = int(zero["reduce_bucket_size"])
     reduced = min(bucket, P)
     sharded_gradients = config.engine.zero_stage == 2
     offload = config.engine.offload.optimizer
@@ -207,11 +227,11 @@ def _zero3(config: Config, ranks: int) -> Holdings:
     elements = sizes(config)
     parts = {name: math.ceil(n / ranks) for name, n in elements.items()}
     P, part = sum(elements.values()), sum(parts.values())
-    bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_ELEMENTS))
-    small = int(zero.get("stage3_param_persistence_threshold", 100_000))
-    live = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero.get("stage3_prefetch_bucket_size", 50_000_000))
+    bucket = int(zero["reduce_bucket_size"])
+    small = int(zero["stage3_param_persistence_threshold"])
+    live = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero["stage3_prefetch_bucket_size"])
     subgroup = int(zero.get("sub_group_size", 10**9))
-    persistent = sum(n for n in elements.values() if n < small) if ranks > 1 else 0
+    persistent = sum(n for n in elements.values() if n <= small) if ranks > 1 else 0
     gathered = c * min(P - persistent, live) if ranks > 1 else 0
     reduced = min(bucket, P)
     reducing = {"communication": gathered + FP32 * (reduced + reduced // ranks)}
@@ -241,9 +261,9 @@ def _zero3(config: Config, ranks: int) -> Holdings:
 
 
 def _zero_options(config: Config) -> dict[str, Any]:
-    """What the user added to DeepSpeed's `zero_optimization`."""
+    """DeepSpeed's `zero_optimization` as the engine writes it: sizes by rule, then what the user added."""
     options = config.engine.deepspeed.get("zero_optimization", {})
-    return options if isinstance(options, dict) else {}
+    return {**zero_buckets(config.model, config.engine.zero_stage), **(options if isinstance(options, dict) else {})}
 
 
 def _groups(config: Config) -> list[dict[str, int]]:

@@ -21,6 +21,7 @@ from llmtrain.data.batches import Batch, ValidationSet
 from llmtrain.distributed import World
 from llmtrain.engines import build_engine
 from llmtrain.engines.base import WEIGHT, Engine, FlatState, Slice, StateSource, StepStats, fill
+from llmtrain.engines.eightbit import Unpacked
 from llmtrain.train.metrics import DOCUMENTS_FILE
 from llmtrain.train.validation import evaluate
 
@@ -99,7 +100,8 @@ class Averaging:
 
     def _with_average(self, piece: Slice) -> Slice:
         own = {EMA: self.averages[piece.name]} if piece.name in self.averages else {}
-        return piece._replace(tensors={**piece.tensors, **own})
+        kept = piece.tensors.kept if isinstance(piece.tensors, Unpacked) else piece.tensors
+        return piece._replace(tensors=Unpacked({**kept, **own}))
 
 
 class Held:

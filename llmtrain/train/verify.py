@@ -137,7 +137,7 @@ def verify(
     _check(config, folder, prepare_command, (straight, resumed), at, steps)
     launch = launch or run_processes
     exact: dict[str, float] = {}
-    rounding = "bf16" if config.optim.name == "muon" else config.engine.precision  # Newton-Schulz is always in bf16
+    rounding = config.engine.precision if config.optim.name == "adamw" else "bf16"  # Newton-Schulz, and 8-bit moments
     bounds = exact if straight == resumed else BOUNDS[rounding]
     a = _leg(config, folder, "straight", straight, at, 0, steps)
     b = _leg(config, folder, "interrupted", straight, at, 0, at)

@@ -1,0 +1,31 @@
+"""How large are the buffers through which ZeRO reduces gradients and fetches weights?
+
+DeepSpeed allocates its reduce bucket whole, 500 million elements whatever the model. Here it holds at most the model's
+gradients, which are then reduced in the same portions as with the default: the losses are the same. Under stage 3 the
+next block is fetched ahead, whole, because blocks are gathered whole; and what stays gathered on every rank is what is
+small beside the hidden size, ten times it at most, as under Hugging Face's "auto", so that the matrices of a small
+model are sharded too. Nothing is above DeepSpeed's default. All sizes are in elements.
+"""
+
+import math
+
+from llmtrain.config import ModelConfig
+from llmtrain.model.initial import parameter_shapes
+
+REDUCED = 500_000_000  # DeepSpeed's defaults
+PREFETCHED = 50_000_000
+PERSISTENT = 100_000
+PERSISTENT_ROWS = 10
+
+
+def zero_buckets(model: ModelConfig, stage: int) -> dict[str, int]:
+    """What `zero_optimization` of the JSON says of buffers, for a model under a ZeRO stage; nothing under stage 0."""
+    if stage == 0:
+        return {}
+    elements = {name: math.prod(shape) for name, shape in parameter_shapes(model).items()}
+    sizes = {"reduce_bucket_size": min(REDUCED, sum(elements.values()))}
+    if stage == 3:
+        block = sum(count for name, count in elements.items() if name.startswith("blocks.0."))
+        sizes["stage3_prefetch_bucket_size"] = min(PREFETCHED, block)
+        sizes["stage3_param_persistence_threshold"] = min(PERSISTENT, PERSISTENT_ROWS * model.hidden_size)
+    return sizes

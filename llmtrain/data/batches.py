@@ -96,7 +96,8 @@ class TrainBatches:
     def update(self, k: int) -> list[Batch]:
         """The micro-batches of update k (from 1) on this rank, in the order they are accumulated."""
         ids = update_samples(self._order, k, self._sequences, self._since)
-        return [self._read(row) for row in rank_samples(ids, self._world_size, self._rank, self._micro)]
+        rows = np.empty((self._micro, self._seq_len + 1), dtype=np.int64)
+        return [self._read(row, rows) for row in rank_samples(ids, self._world_size, self._rank, self._micro)]
 
     def consumed(self, k: int) -> int:
         """Samples consumed through update k, over the whole run."""
@@ -135,12 +136,12 @@ class TrainBatches:
             _drain(ready)
             reader.join()
 
-    def _read(self, ids: npt.NDArray[np.int64]) -> Batch:
+    def _read(self, ids: npt.NDArray[np.int64], rows: _Array) -> Batch:
+        """The batch of samples `ids`, read by way of `rows` (B, T + 1)."""
         T = self._seq_len
-        rows = np.stack([self._tokens.read(int(i) * T, T + 1) for i in ids])  # (B, T + 1)
-        batch = _batch(
-            rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64), self._eos_id, num_valid=len(ids) * T
-        )
+        for row, sample in zip(rows, ids.tolist(), strict=True):
+            self._tokens.read_into(row, sample * T)
+        batch = _batch(rows[:, :-1].copy(), rows[:, 1:].copy(), self._eos_id, num_valid=len(ids) * T)
         return batch.pin() if self._pin else batch
 
 

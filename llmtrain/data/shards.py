@@ -11,8 +11,10 @@ import functools
 import hashlib
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -123,25 +125,30 @@ class TokenFile:
         self.paths = [folder / shard.file for shard in shards]
         self.dtype = dtype
         self._shards = list(shards)
-        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        self._begins = [0, *accumulate(shard.tokens for shard in shards)]  # of each shard, and the end of the last
         self._map = functools.lru_cache(maxsize=_OPEN_MAPS)(self._open_map)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._begins[-1]
 
     def read(self, start: int, count: int) -> Tokens:
         """Tokens start to start + count - 1 as a fresh array, across the borders of shards."""
-        assert start >= 0 and count >= 0 and start + count <= len(self), f"{start}+{count} of {len(self)}"
         found = np.empty(count, dtype=self.dtype)
-        filled = 0
-        index = int(np.searchsorted(self._ends, start, side="right"))
-        while filled < count:
-            begin = start + filled - (int(self._ends[index]) - self._shards[index].tokens)
-            piece = self._map(index)[begin : begin + count - filled] if self._shards[index].tokens else found[:0]
-            found[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            index += 1
+        self.read_into(found, start)
         return found
+
+    def read_into(self, found: npt.NDArray[np.integer], start: int) -> None:
+        """Fill `found`, of this or a wider type, with the tokens from `start` on."""
+        count, filled = len(found), 0
+        assert 0 <= start <= len(self) - count, f"{start}+{count} of {len(self)}"
+        index = bisect_right(self._begins, start) - 1
+        while filled < count:
+            begin, end = self._begins[index : index + 2]
+            if begin < end:
+                piece = self._map(index)[start + filled - begin : start + count - begin]
+                found[filled : filled + len(piece)] = piece
+                filled += len(piece)
+            index += 1
 
     def chunks(self, size: int = 1 << 22) -> Iterator[Tokens]:
         """The whole stream in order, `size` tokens at a time."""

@@ -98,6 +98,6 @@ def alone(rank: int, size: int) -> Iterator[World]:
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         with mock.patch(AGREES, lambda ints: None):
-            yield World(rank, size, rank, torch.device("cpu"))
+            yield World(rank, size, rank, torch.device("cpu"), size)
     finally:
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmtrain.config import Config
 from llmtrain.data.batches import Batch
-from llmtrain.distributed import World, find_place
+from llmtrain.distributed import World
 from llmtrain.engines.base import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -199,7 +199,7 @@ def _import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Unset, it asks `numactl` for the number of ranks of this node, at every micro-batch.
-        os.environ.setdefault("LOCAL_SIZE", str(find_place(os.environ).local_size))
+        os.environ.setdefault("LOCAL_SIZE", str(world.local_size))
     for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
         os.environ.setdefault(name, str(value))
     import deepspeed

@@ -231,9 +231,9 @@ def test_no_sample_is_repeated_or_skipped_where_the_batch_changes(
     seen: list[int] = []
     original = TrainBatches._read
 
-    def spy(self: TrainBatches, ids: Any) -> Any:
+    def spy(self: TrainBatches, ids: Any, rows: Any) -> Any:
         seen.extend(ids.tolist())
-        return original(self, ids)
+        return original(self, ids, rows)
 
     monkeypatch.setattr(TrainBatches, "_read", spy)
     run = runs.folder / "seen"

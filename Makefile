@@ -27,15 +27,16 @@ environment: $(VENV)/installed-test
 bench-peers: $(VENV)/installed-test
 	python -m tests.benchmarks.peers.compare --out tests/benchmarks/results/peers.json
 
-# torch first: with it in place, nothing else decides which build of it is taken.
+# torch first: with it in place, nothing else decides which build of it is taken. Python compiles what it imports when it
+# first does, which is a small part of what pip would compile: half of the work of installing.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[train]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

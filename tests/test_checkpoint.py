@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -355,36 +354,6 @@ def test_another_run_is_not_gone_on_with(prepared: dict[str, Any], tmp_path: Pat
         train_here(prepared, run, "run.seed=8")
     train_here(prepared, run)
     assert len(history(run)) == 20
-
-
-def killed_at_random(running: ranks.Ranks, run: Path, rows: int, delay: float) -> None:
-    """Kill all ranks a moment after so many updates are logged."""
-    deadline = time.monotonic() + 60
-    path = run / "metrics.jsonl"
-    while time.monotonic() < deadline and not (path.exists() and len(history(run)) >= rows):
-        time.sleep(0.002)
-    time.sleep(delay)
-    for process in running.processes:
-        process.kill()
-    running.wait()
-
-
-def test_kills_at_random_moments_cost_nothing(leg: Leg, tmp_path: Path) -> None:
-    """A preempted run could not be started again, or would be another one afterwards."""
-    words = ("engine.kind=fsdp", "checkpoint.every=1 steps")
-    leg("straight", 2, *words).succeeded()
-    run = tmp_path / "run"
-    moments = random.Random(5)
-    for _ in range(6):
-        done = len(history(run)) if (run / "metrics.jsonl").exists() else 0
-        if done >= 16:
-            break
-        killed_at_random(leg("run", 2, *words), run, done + 2, moments.uniform(0, 0.04))
-    ended = leg("run", 2, *words, arguments=("--resume", "must")).succeeded()
-    assert "RESUMED" in ended.text()
-    assert history(run) == history(tmp_path / "straight")
-    assert weights(run) == weights(tmp_path / "straight")
-    assert not list((run / "checkpoints").glob("*.tmp"))
 
 
 def killed_in_save(point: str, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The fast path trains what the plain one does: compiled, recomputed, chunked, reduced late, and resumed."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,14 @@ def test_gradients_reduced_with_the_last_micro_batch_are_the_same(prepared: dict
 def test_a_fast_run_resumes_exactly(leg: Callable[..., Ranks], tmp_path: Path, engine: str, count: int) -> None:
     """Code compiled in another order after a resume would round otherwise, and the run go another way."""
     words = (*ENGINES[engine], "engine.compile=true", "engine.activation_checkpointing=2", "validation.every=5 steps")
-    leg("straight", count, *words).succeeded()
-    leg("halves", count, *words, "run.stop_at=10 steps").succeeded()
-    leg("halves", count, *words, arguments=("--resume", "must")).succeeded()
-    assert history(tmp_path / "halves") == history(tmp_path / "straight")
-    assert weights(tmp_path / "halves") == weights(tmp_path / "straight")
+    run = tmp_path / "run"
+    leg("run", count, *words, "checkpoint.every=10 steps").succeeded()
+    expected, final = history(run), weights(run)
+    shutil.rmtree(run / "checkpoints" / "step_00000020")  # as if it had been killed before this was saved
+    leg("run", count, *words, "checkpoint.every=10 steps", arguments=("--resume", "must")).succeeded()
+    assert "step_00000010" in (tmp_path / "logs" / "run_1" / "rank_0.log").read_text()
+    assert history(run) == expected
+    assert weights(run) == final
 
 
 def test_an_update_is_recorded_when_it_is_made() -> None:

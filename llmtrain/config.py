@@ -318,7 +318,9 @@ class EngineConfig(Section):
     shard_ranks: PositiveInt | Literal["node"] | None = Field(
         None, description="fsdp: ranks that share one copy (HSDP), or node: those of a node; null: all"
     )
-    reshard_after_forward: bool = Field(True, description="fsdp: free gathered blocks between forward and backward")
+    reshard_after_forward: bool | None = Field(
+        None, description="fsdp: free gathered weights after each pass, not each update; null: where they exceed 1 GiB"
+    )
     activation_checkpointing: Literal["none", "all"] | PositiveInt = Field("none", description="blocks; n: every n-th")
     accumulation_sync: Literal["every", "last"] = Field(
         "every", description="fsdp: reduce gradients of every micro-batch, or only with the last, and keep them whole"

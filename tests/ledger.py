@@ -142,8 +142,8 @@ def owned(engine: Any) -> dict[str, int]:
     engine = _innermost(engine)
     zero = getattr(getattr(engine, "engine", None), "optimizer", None)
     module = engine.engine.module if hasattr(engine, "engine") else engine.model
-    parameters = list(module.parameters())
     grouped = [p for group in engine.optimizer.param_groups for p in group["params"]]
+    parameters = grouped if isinstance(module, FSDPModule) else list(module.parameters())  # whole while gathered
     masters = next(
         (
             getattr(zero, name)

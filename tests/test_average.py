@@ -126,6 +126,8 @@ def test_an_average_is_exact_and_harmless_on_every_engine(prepared: dict[str, An
     """Looking at an average would train another model, or after a resume it would be another average."""
     chosen = ("single", "fsdp", "zero3") if count == 1 else ("fsdp", "zero0", "zero1", "zero2", "zero3")
     engines = {name: ENGINES[name] for name in chosen}
+    if count == 2:
+        engines["fsdp_freed"] = (*ENGINES["fsdp"], "engine.reshard_after_forward=true")
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(prepared))
     configs = whole(load_config(tmp_path / "base.yaml"), tmp_path, engines)
     output = tmp_path / "out"

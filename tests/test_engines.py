@@ -23,6 +23,7 @@ from llmtrain.distributed import open_world
 from llmtrain.engines import build_engine
 from llmtrain.engines.fsdp import _node_ranks
 from llmtrain.errors import ConfigError
+from llmtrain.model.buckets import keeps_gathered
 from llmtrain.schedules import plan
 from llmtrain.train.start import InitialValues
 from llmtrain.train.validation import evaluate
@@ -145,7 +146,6 @@ def test_options_of_memory_and_speed_do_not_change_the_training(prepared: dict[s
     plain = traces(tmp_path / "plain", 2, changed(prepared, engine__kind="fsdp"), False, 4)
     options: list[dict[str, Any]] = [
         {"engine__kind": "fsdp", "engine__activation_checkpointing": "all"},
-        {"engine__kind": "fsdp", "engine__reshard_after_forward": False},
         {"engine__kind": "fsdp", "engine__shard_ranks": 1},
         {"engine__kind": "deepspeed", "engine__zero_stage": 3, "engine__activation_checkpointing": 2},
         {"engine__kind": "deepspeed", "engine__zero_stage": 2, "engine__offload": {"optimizer": True}},
@@ -170,52 +170,97 @@ def state_digest(engine: Any) -> str:
     return digest.hexdigest()
 
 
-def train_with_buckets(config: dict[str, Any], output: Path, defaults: dict[str, int]) -> None:
-    """On every rank, two updates of each ZeRO stage and precision, with the buckets of the rule and with others."""
-    data = open_data(config["data"]["path"])
+def train_each(configs: dict[str, Config], output: Path) -> None:
+    """On every rank, two updates of each config: the losses, the state they end in, and DeepSpeed's options of ZeRO."""
     found = {}
     with open_world(60, collectives=True) as world:
         torch.set_float32_matmul_precision("medium")
-        for stage, precision in ((s, p) for s in (1, 2, 3) for p in ("fp32", "bf16")):
-            for zero in ({}, defaults):
-                keys = {"zero_stage": stage, "precision": precision, "deepspeed": {"zero_optimization": zero}}
-                run = changed(config, **{f"engine__{key}": value for key, value in keys.items()})
-                engine: Any = build_engine(run, world)
-                engine.load(InitialValues(run), 0)
-                b = run.batch
-                batches = TrainBatches(
-                    data,
-                    order_of(run, data),
-                    sequences=b.sequences,
-                    micro=b.micro,
-                    seq_len=b.seq_len,
-                    rank=world.rank,
-                    world_size=world.size,
-                )
-                losses = [engine.train_step(batches.update(k), 1.0).loss.item() for k in (1, 2)]
-                way = "defaults" if zero else "rule"
-                found[f"{stage} {precision} {way}"] = [losses, state_digest(engine)]
-                sizes = engine.json["zero_optimization"]
-                assert {key: sizes[key] for key in zero} == zero
-                found[f"{stage} {precision} {way} bucket"] = sizes["reduce_bucket_size"]
-        (output / f"buckets_{world.rank}.json").write_text(json.dumps(found))
+        for name, config in configs.items():
+            data = open_data(config.data.path)
+            engine: Any = build_engine(config, world)
+            engine.load(InitialValues(config), 0)
+            b = config.batch
+            batches = TrainBatches(
+                data,
+                order_of(config, data),
+                sequences=b.sequences,
+                micro=b.micro,
+                seq_len=b.seq_len,
+                rank=world.rank,
+                world_size=world.size,
+            )
+            losses = [engine.train_step(batches.update(k), 1.0).loss.item() for k in (1, 2)]
+            zero = getattr(engine, "json", {}).get("zero_optimization", {})
+            found[name] = {"trained": [losses, state_digest(engine)], "zero": zero}
+        (output / f"found_{world.rank}.json").write_text(json.dumps(found))
         world.barrier()
+
+
+def trained(configs: dict[str, Config], output: Path) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    ranks.start(output, 2, train_each, configs, output).succeeded()
+    return [json.loads((output / f"found_{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def test_buckets_by_rule_change_memory_alone(prepared: dict[str, Any], tmp_path: Path) -> None:
     """Sparing 2 GB of buffers would change the losses, or a run could not go on from its checkpoint bit for bit."""
-    config = changed(prepared, engine__kind="deepspeed").model_dump(mode="json")
     defaults = {
         "reduce_bucket_size": 500_000_000,
         "stage3_prefetch_bucket_size": 50_000_000,
         "stage3_param_persistence_threshold": 100_000,
     }
-    ranks.start(tmp_path, 2, train_with_buckets, config, tmp_path, defaults).succeeded()
-    for rank in (0, 1):
-        found = json.loads((tmp_path / f"buckets_{rank}.json").read_text())
-        for case in (f"{stage} {precision}" for stage in (1, 2, 3) for precision in ("fp32", "bf16")):
-            assert found[f"{case} rule"] == found[f"{case} defaults"], case
-            assert found[f"{case} rule bucket"] < 10**6 < found[f"{case} defaults bucket"]
+    cases = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+    configs = {
+        f"{stage} {precision} {way}": changed(
+            prepared,
+            engine__kind="deepspeed",
+            engine__zero_stage=stage,
+            engine__precision=precision,
+            engine__deepspeed={"zero_optimization": zero},
+        )
+        for stage, precision in cases
+        for way, zero in (("rule", {}), ("defaults", defaults))
+    }
+    for found in trained(configs, tmp_path):
+        for case in (f"{stage} {precision}" for stage, precision in cases):
+            rule, default = found[f"{case} rule"], found[f"{case} defaults"]
+            assert rule["trained"] == default["trained"], case
+            assert rule["zero"]["reduce_bucket_size"] < 10**6
+            assert default["zero"] == {**default["zero"], **defaults}
+
+
+def test_weights_kept_gathered_change_memory_alone(prepared: dict[str, Any], tmp_path: Path) -> None:
+    """A block would compute with the weights of an update before."""
+    cases = [(precision, shards) for precision in ("fp32", "bf16") for shards in (None, 1)]
+    configs = {
+        f"{precision} {shards} {freed}": changed(
+            prepared,
+            engine__kind="fsdp",
+            engine__precision=precision,
+            engine__shard_ranks=shards,
+            engine__reshard_after_forward=freed,
+            batch__micro=1,
+        )
+        for precision, shards in cases
+        for freed in (True, False, None)
+    }
+    for found in trained(configs, tmp_path):
+        for precision, shards in cases:
+            freed, kept, by_rule = (found[f"{precision} {shards} {freed}"] for freed in (True, False, None))
+            assert freed == kept == by_rule, f"{precision}, shards over {shards}"
+
+
+def test_weights_are_kept_gathered_where_they_are_small(prepared: dict[str, Any]) -> None:
+    """A model that fits would no longer."""
+    kept = {
+        precision: [
+            keeps_gathered(config.model, config.engine)
+            for size in (100, 1_000_000, 2_000_000)
+            for config in [changed(prepared, model__ffn_size=size, engine__precision=precision)]
+        ]
+        for precision in ("fp32", "bf16")
+    }
+    assert kept == {"fp32": [True, False, False], "bf16": [True, True, False]}
 
 
 def trace_on_two_nodes(*arguments: Any) -> None:

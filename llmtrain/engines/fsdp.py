@@ -45,6 +45,7 @@ from llmtrain.engines.fp8 import use_fp8
 from llmtrain.engines.muon import ShardedMuon
 from llmtrain.engines.optimizers import build_optimizer
 from llmtrain.errors import ConfigError
+from llmtrain.model.buckets import keeps_gathered
 from llmtrain.model.decoder import Decoder
 
 
@@ -65,10 +66,9 @@ class FsdpEngine:
         prepare_blocks(model, config)
         compute = torch.bfloat16 if self.precision == "bf16" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        self.keeps = keeps_gathered(config.model, config.engine)
         for block in model.blocks:
-            fully_shard(
-                block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=config.engine.reshard_after_forward
-            )
+            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=not self.keeps)
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
         for block, following in pairwise(model.blocks):  # gathered before this one's kernels are started, not after
             assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
@@ -84,7 +84,7 @@ class FsdpEngine:
         valid = count_valid(self.world, micro_batches)
         nats = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches, start=1):
-            self._reduce(last=index == len(micro_batches))
+            self._before(last=index == len(micro_batches))
             batch = batch.to(self.world.device)
             with self.phase("forward"):
                 loss = self.model(batch.tokens, batch.targets, batch.document_ids)
@@ -108,8 +108,7 @@ class FsdpEngine:
     def evaluating(self) -> Iterator[None]:
         with inference(self.model):
             yield
-            assert isinstance(self.model, FSDPModule)
-            self.model.reshard()
+            self._free()
 
     def nats(self, batch: Batch) -> Tensor:
         return score(self.model, batch, self.world.device)
@@ -137,6 +136,7 @@ class FsdpEngine:
         start_moments(self.optimizer, self.model.parameters(), update)
         self.updates = update
         fill(self.state().slices, source)
+        self._free()
 
     def describe(self) -> str:
         shards = self.mesh.size(-1)
@@ -144,24 +144,32 @@ class FsdpEngine:
         kept = (
             "" if self.reduces_every else f", whole fp32 gradients between micro-batches: {self._whole_gib():.2f} GiB"
         )
+        gathered = ", weights gathered once an update" if self.keeps else ""
         return (
             f"FSDP2 over {self.world.size} ranks ({copies} x {shards} shards), {self.precision} compute, "
-            f"fp32 masters, moments, accumulation and reduction{kept}{self.lowered}"
+            f"fp32 masters, moments, accumulation and reduction{gathered}{kept}{self.lowered}"
         )
 
     def _whole_gib(self) -> float:
         """What `accumulation_sync: last` keeps on a rank: the gradients of all parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters()) * 4 / 2**30
 
-    def _reduce(self, last: bool) -> None:
-        """What the next backward pass does with its gradients: reduce them, or keep them until the last one does.
+    def _before(self, last: bool) -> None:
+        """What the next backward pass does: reduce its gradients or keep them, and free gathered weights or keep them.
 
         Copies of shards (HSDP) always wait for the last: until then only shards are reduced, which costs no memory.
         """
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last or self.reduces_every)
+        self.model.set_reshard_after_backward(last or not self.keeps)
         if self.mesh.ndim == 2:
             self.model.set_requires_all_reduce(last)
+
+    def _free(self) -> None:
+        """Free what is still gathered: it would outlive a change of the shards, and be computed with."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _mesh(config: Config, world: World) -> DeviceMesh:

@@ -1,21 +1,25 @@
-"""How large are the buffers through which ZeRO reduces gradients and fetches weights?
+"""How large are the buffers through which ZeRO reduces gradients and fetches weights, and what does FSDP2 keep of them?
 
 DeepSpeed allocates its reduce bucket whole, 500 million elements whatever the model. Here it holds at most the model's
 gradients, which are then reduced in the same portions as with the default: the losses are the same. Under stage 3 the
 next block is fetched ahead, whole, because blocks are gathered whole; and what stays gathered on every rank is what is
 small beside the hidden size, ten times it at most, as under Hugging Face's "auto", so that the matrices of a small
-model are sharded too. Nothing is above DeepSpeed's default. All sizes are in elements.
+model are sharded too. Nothing is above DeepSpeed's default. These sizes are in elements.
+
+FSDP2 frees a gathered block after its forward and again after its backward pass, and gathers it anew for each. Weights
+that take little memory are kept until the last backward pass of an update instead: one gather for all micro-batches.
 """
 
 import math
 
-from llmtrain.config import ModelConfig
+from llmtrain.config import EngineConfig, ModelConfig
 from llmtrain.model.initial import parameter_shapes
 
 REDUCED = 500_000_000  # DeepSpeed's defaults
 PREFETCHED = 50_000_000
 PERSISTENT = 100_000
 PERSISTENT_ROWS = 10
+KEPT_BYTES = 2**30  # of all weights, in the type that computes
 
 
 def zero_buckets(model: ModelConfig, stage: int) -> dict[str, int]:
@@ -29,3 +33,11 @@ def zero_buckets(model: ModelConfig, stage: int) -> dict[str, int]:
         sizes["stage3_prefetch_bucket_size"] = min(PREFETCHED, block)
         sizes["stage3_param_persistence_threshold"] = min(PERSISTENT, PERSISTENT_ROWS * model.hidden_size)
     return sizes
+
+
+def keeps_gathered(model: ModelConfig, engine: EngineConfig) -> bool:
+    """Whether FSDP2 keeps weights gathered from the first forward to the last backward pass of an update."""
+    if engine.reshard_after_forward is not None:
+        return not engine.reshard_after_forward
+    elements = sum(math.prod(shape) for shape in parameter_shapes(model).values())
+    return elements * (2 if engine.precision == "bf16" else 4) <= KEPT_BYTES

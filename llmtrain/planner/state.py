@@ -18,7 +18,7 @@ from typing import Any
 
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError
-from llmtrain.model.buckets import zero_buckets
+from llmtrain.model.buckets import keeps_gathered, zero_buckets
 from llmtrain.model.initial import is_block_matrix, parameter_shapes
 
 FP32 = 4
@@ -117,7 +117,7 @@ def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
     block = S * sum(size for name, size in shards.items() if name.startswith("blocks.0."))
     blocks = block * config.model.num_layers
     root = S * shard - blocks
-    kept = 2 * block if config.engine.reshard_after_forward else blocks  # computed with, and fetched ahead
+    kept = blocks if keeps_gathered(config.model, config.engine) else 2 * block  # computed with, and fetched ahead
     gathering = c * block if S > 1 else 0
     reducing = FP32 * block + FP32 * block // S
     gradients = {"gradients": FP32 * shard}

@@ -27,16 +27,19 @@ environment: $(VENV)/installed-test
 bench-peers: $(VENV)/installed-test
 	python -m tests.benchmarks.peers.compare --out tests/benchmarks/results/peers.json
 
-# torch first: with it in place, nothing else decides which build of it is taken. Python compiles what it imports when it
-# first does, which is a small part of what pip would compile: half of the work of installing.
+# torch first: with it in place, nothing else decides which build of it is taken. Compiled by all cores at once and not by
+# pip, which takes one; what is written for another Python stays as it is.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[train]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(COMPILE)
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@ which knows nothing of the one before.
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import time
@@ -120,7 +121,9 @@ def _enter(
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, and below those that Linux gives to connections, which could take it at once."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -27,19 +27,15 @@ environment: $(VENV)/installed-test
 bench-peers: $(VENV)/installed-test
 	python -m tests.benchmarks.peers.compare --out tests/benchmarks/results/peers.json
 
-# torch first: with it in place, nothing else decides which build of it is taken. Compiled by all cores at once and not by
-# pip, which takes one; what is written for another Python stays as it is.
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+# torch first: with it in place, nothing else decides which build of it is taken.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[train]'
-	$(COMPILE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(COMPILE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

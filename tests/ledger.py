@@ -33,6 +33,7 @@ from llmtrain.train.average import Averaging, build
 ACCUMULATION = 2
 _VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp, reduced last": {**fit.LAYOUTS["fsdp"], "accumulation_sync": "last"},
+    "fsdp, freed": {**fit.LAYOUTS["fsdp"], "reshard_after_forward": True},
     **{
         f"{name}, averaged": {**fit.LAYOUTS[name], "ema_window": "5 steps"}
         for name in ("single", "fsdp", "zero 2", "zero 3")

@@ -63,7 +63,7 @@ def start(output: Path, count: int, function: Callable[..., Any], *arguments: An
     Ranks that are `grouped` form a process group of their own, named for the first, which one signal reaches.
     """
     output.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    [port] = free_ports(1)
     processes = []
     for rank in range(count):
         environment = {
@@ -120,10 +120,12 @@ def _enter(
         os._exit(code)
 
 
-def _free_port() -> int:
-    """A port that nobody listens on, and below those that Linux gives to connections, which could take it at once."""
-    while True:
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, and below those that Linux gives to connections, which could take them at once."""
+    found: set[int] = set()
+    while len(found) < count:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            found.add(port)
+    return list(found)

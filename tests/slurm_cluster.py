@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import free_ports
+
 NODES = ("n0", "n1")
 CPUS = 8
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue", "scancel")
@@ -56,7 +58,7 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
-        control, *ports = _free_ports(1 + len(NODES))
+        control, *ports = free_ports(1 + len(NODES))
         (self.folder / "slurm.conf").write_text(_slurm_conf(self.folder, control, ports))
         paths = {name: str(self.folder / f"munge.{name}") for name in ("socket", "log", "pid", "seed")}
         options = [f"--{name}{'' if name == 'socket' else '-file'}={path}" for name, path in paths.items()]
@@ -263,14 +265,6 @@ def _slurm_conf(folder: Path, control: int, ports: list[int]) -> str:
             "",
         ]
     )
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def _is_python(pid: int) -> bool:

@@ -149,7 +149,8 @@ def test_gradients_reduced_with_the_last_micro_batch_are_the_same(prepared: dict
 @pytest.mark.parametrize(("engine", "count"), [("single", 1), ("fsdp", 2), ("zero3", 2)])
 def test_a_fast_run_resumes_exactly(leg: Callable[..., Ranks], tmp_path: Path, engine: str, count: int) -> None:
     """Code compiled in another order after a resume would round otherwise, and the run go another way."""
-    words = (*ENGINES[engine], "engine.compile=true", "engine.activation_checkpointing=2", "validation.every=5 steps")
+    options = ("compile=true", "activation_checkpointing=2", "reshard_after_forward=true")
+    words = (*ENGINES[engine], *(f"engine.{option}" for option in options), "validation.every=5 steps")
     run = tmp_path / "run"
     leg("run", count, *words, "checkpoint.every=10 steps").succeeded()
     expected, final = history(run), weights(run)

@@ -1,7 +1,6 @@
 """Checkpoints elsewhere: an object store is as safe as a disk, and may be gone for a while."""
 
 import os
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -51,10 +50,7 @@ class ObjectStore:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     """A local S3 with an empty bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = ObjectStore(port)
+    running = ObjectStore(*ranks.free_ports(1))
     for name, value in running.environment.items():
         monkeypatch.setenv(name, value)
     files = fsspec.filesystem("s3", skip_instance_cache=True)

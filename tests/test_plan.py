@@ -50,6 +50,7 @@ def measure_layouts(names: list[str], preset: str, count: int, output: Path) -> 
             2,
             [
                 "fsdp fp32",
+                "fsdp, freed fp32",
                 "fsdp, reduced last bf16",
                 "zero 0 bf16",
                 "zero 1 fp32",

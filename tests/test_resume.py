@@ -55,7 +55,8 @@ def test_an_interrupted_run_equals_the_straight_one(
     leg: Leg, tmp_path: Path, engine: str, ranks: int, precision: str
 ) -> None:
     """A user whose job is split, killed with SIGTERM or resumed five times would get another model."""
-    words = (*ENGINES[engine], f"engine.precision={precision}")
+    freed = "true" if precision == "bf16" else "null"  # as FSDP2 treats large models, and small ones
+    words = (*ENGINES[engine], f"engine.precision={precision}", f"engine.reshard_after_forward={freed}")
     leg("straight", ranks, *words).succeeded()
     expected, final = history(tmp_path / "straight"), weights(tmp_path / "straight")
     assert [json.loads(row)["step"] for row in expected] == list(range(1, 21))

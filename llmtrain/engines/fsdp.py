@@ -66,7 +66,7 @@ class FsdpEngine:
         prepare_blocks(model, config)
         compute = torch.bfloat16 if self.precision == "bf16" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-        self.keeps = keeps_gathered(config.model, config.engine)
+        self.keeps = keeps_gathered(config)
         for block in model.blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=not self.keeps)
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
@@ -84,7 +84,7 @@ class FsdpEngine:
         valid = count_valid(self.world, micro_batches)
         nats = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches, start=1):
-            self._before(last=index == len(micro_batches))
+            self._set_backward(last=index == len(micro_batches))
             batch = batch.to(self.world.device)
             with self.phase("forward"):
                 loss = self.model(batch.tokens, batch.targets, batch.document_ids)
@@ -154,7 +154,7 @@ class FsdpEngine:
         """What `accumulation_sync: last` keeps on a rank: the gradients of all parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters()) * 4 / 2**30
 
-    def _before(self, last: bool) -> None:
+    def _set_backward(self, last: bool) -> None:
         """What the next backward pass does: reduce its gradients or keep them, and free gathered weights or keep them.
 
         Copies of shards (HSDP) always wait for the last: until then only shards are reduced, which costs no memory.

@@ -12,8 +12,9 @@ that take little memory are kept until the last backward pass of an update inste
 
 import math
 
-from llmtrain.config import EngineConfig, ModelConfig
+from llmtrain.config import Config, ModelConfig
 from llmtrain.model.initial import parameter_shapes
+from llmtrain.model.size import parameter_count
 
 REDUCED = 500_000_000  # DeepSpeed's defaults
 PREFETCHED = 50_000_000
@@ -35,9 +36,8 @@ def zero_buckets(model: ModelConfig, stage: int) -> dict[str, int]:
     return sizes
 
 
-def keeps_gathered(model: ModelConfig, engine: EngineConfig) -> bool:
+def keeps_gathered(config: Config) -> bool:
     """Whether FSDP2 keeps weights gathered from the first forward to the last backward pass of an update."""
-    if engine.reshard_after_forward is not None:
-        return not engine.reshard_after_forward
-    elements = sum(math.prod(shape) for shape in parameter_shapes(model).values())
-    return elements * (2 if engine.precision == "bf16" else 4) <= KEPT_BYTES
+    if config.engine.reshard_after_forward is not None:
+        return not config.engine.reshard_after_forward
+    return parameter_count(config.model) * (2 if config.engine.precision == "bf16" else 4) <= KEPT_BYTES

@@ -117,7 +117,7 @@ def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
     block = S * sum(size for name, size in shards.items() if name.startswith("blocks.0."))
     blocks = block * config.model.num_layers
     root = S * shard - blocks
-    kept = blocks if keeps_gathered(config.model, config.engine) else 2 * block  # computed with, and fetched ahead
+    kept = blocks if keeps_gathered(config) else 2 * block  # computed with, and fetched ahead
     gathering = c * block if S > 1 else 0
     reducing = FP32 * block + FP32 * block // S
     gradients = {"gradients": FP32 * shard}

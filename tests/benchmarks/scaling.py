@@ -10,7 +10,6 @@ first tenth. Tokens per second are those of the median update.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.ranks import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 BASE: dict[str, Any] = {
@@ -43,14 +44,13 @@ def bench(ranks: int, steps: int, **changes: Any) -> dict[str, Any]:
     for name, value in changes.items():
         section, key = name.split("__")
         values[section][key] = value
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(values))
         command = [sys.executable, "-m", "llmtrain", "bench", "--config", str(path), "--steps", str(steps), "--json"]
         common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-        common |= {"MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        probe.close()
+        [port] = free_ports(1)
+        common |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         started = [
             subprocess.Popen(
                 command,

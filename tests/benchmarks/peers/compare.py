@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TextIO
+
+from tests.ranks import free_ports
 
 ROOT = Path(__file__).parent.parent.parent.parent
 FOLDER = ROOT / "build" / "peers"
@@ -104,7 +105,7 @@ class Running:
         self.peer = peer
         python = sys.executable if peer.environment is None else str(build(peer.environment))
         command = [python, "-m", f"tests.benchmarks.peers.{peer.script}", *peer.settings]
-        port = _free_port()
+        [port] = free_ports(1)
         self.processes = []
         for rank in range(ranks):
             alone = {} if ranks == 1 else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
@@ -223,13 +224,6 @@ def _pipe(stream: Any) -> TextIO:
     assert stream is not None
     opened: TextIO = stream
     return opened
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _cpu_name() -> str:

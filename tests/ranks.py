@@ -74,7 +74,7 @@ def start(output: Path, count: int, function: Callable[..., Any], *arguments: An
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
+            "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
         }
         leader = None if not grouped else processes[0].pid if processes else 0
         arguments_of_rank = (output / f"rank_{rank}.log", environment, leader, function, arguments)

@@ -19,7 +19,7 @@ from llmtrain.data.batches import Batch, _batch
 from llmtrain.distributed import open_world
 from llmtrain.engines import build_engine
 from llmtrain.model import attention, decoder
-from llmtrain.model.attention import TILE, attend, document_lengths, one_by_one, tiles
+from llmtrain.model.attention import TILE, attend, causal, document_lengths, one_by_one, tiles
 from llmtrain.model.decoder import Decoder
 from llmtrain.model.initial import initial_slice
 from llmtrain.planner.activations import block_bytes, document_bytes
@@ -108,8 +108,8 @@ def test_a_sequence_of_one_document_is_attended_to_as_without_documents(heads: i
     """Switching the mask on would change, by rounding at least, runs whose sequences hold a single document."""
     q, k, v = projections(2, 300, heads)
     one = torch.zeros((2, 300), dtype=torch.int32)
-    apart = [attend(q[row], k[row], v[row], None, one_by_one) for row in (slice(0, 1), slice(1, 2))]
-    assert torch.equal(attend(q, k, v, one, one_by_one), torch.cat(apart))
+    apart = [attend(q[row], k[row], v[row], None, causal, one_by_one) for row in (slice(0, 1), slice(1, 2))]
+    assert torch.equal(attend(q, k, v, one, causal, one_by_one), torch.cat(apart))
 
 
 def test_lengths_are_of_documents_within_their_sequence() -> None:
@@ -174,7 +174,7 @@ def test_on_a_cpu_documents_keep_what_was_planned(heads: int) -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = attend(q, k, v, given, one_by_one).transpose(1, 2).flatten(2)
+            out = attend(q, k, v, given, causal, one_by_one).transpose(1, 2).flatten(2)
             projected = out @ torch.ones(out.shape[-1], 1, requires_grad=True)
         assert projected.shape == (2, 260, 1)
         return sum(found.values())

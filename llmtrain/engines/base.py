@@ -20,6 +20,7 @@ from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
 from llmtrain.engines import fp8, numerics
 from llmtrain.engines.eightbit import Moment, Unpacked
+from llmtrain.model.cudnn_attention import attend_deterministically
 from llmtrain.model.decoder import Block, Decoder
 from llmtrain.model.kernels import choose_kernel
 
@@ -224,10 +225,13 @@ def score(forward: Callable[..., Tensor], batch: Batch, device: torch.device) ->
 
 def prepare_blocks(model: Decoder, config: Config, device: torch.device) -> None:
     """Activation checkpointing and compilation, block by block; parameter names stay as they are."""
-    model.always_tiled = device.type == "cuda" and choose_kernel(config).kernel == "flex"
+    kernel = choose_kernel(config).kernel if device.type == "cuda" else None
+    model.always_tiled = kernel == "flex"
     choice = config.engine.activation_checkpointing
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
+        if kernel == "cudnn" and config.engine.deterministic:
+            block.attention.whole = attend_deterministically
         if isinstance(choice, str):
             block.recompute = choice
         elif index % choice == 0:

@@ -22,6 +22,7 @@ TILE = 128
 SMALLEST_TILED_HEAD = 16  # FlexAttention has no kernel for smaller heads
 
 Documents = Tensor | BlockMask
+Whole = Callable[[Tensor, Tensor, Tensor], Tensor]
 OneByOne = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,10 +34,11 @@ def documents_for(document_ids: Tensor, head_size: int) -> Documents:
     return tiles(document_ids) if document_ids.is_cuda and head_size >= SMALLEST_TILED_HEAD else document_ids
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, one_by_one: OneByOne) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, whole: Whole, one_by_one: OneByOne) -> Tensor:
     """Causal attention, within `documents` where they are given. (B, H, T, Q) with (B, G, T, Q) twice.
 
-    `one_by_one` is the function below, or that which compiled blocks need.
+    `whole` attends where a sequence is one document: `causal`, or a kernel that it does not reach. `one_by_one` is the
+    function below, or that which compiled blocks need.
     """
     if isinstance(documents, BlockMask):
         fused: Any = flex_attention if torch.compiler.is_compiling() else _compiled_alone()
@@ -44,11 +46,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, one_by_
         return tiled
     if autocast_falls_back(q):
         with torch.autocast("cpu", enabled=False):
-            return attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), documents, one_by_one)
+            return attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), documents, whole, one_by_one)
     dtype = q.dtype
     if needs_widening(q):
         q, k, v = q.float(), k.float(), v.float()
-    return (causal(q, k, v) if documents is None else one_by_one(q, k, v, documents)).to(dtype)
+    return (whole(q, k, v) if documents is None else one_by_one(q, k, v, documents)).to(dtype)
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config import ModelConfig
-from llmtrain.model.attention import Documents, OneByOne, attend, documents_for, one_by_one, one_by_one_uncompiled
+from llmtrain.model.attention import (
+    Documents,
+    OneByOne,
+    Whole,
+    attend,
+    causal,
+    documents_for,
+    one_by_one,
+    one_by_one_uncompiled,
+)
 from llmtrain.model.loss import Head, Reduction
 from llmtrain.model.projection import Linear
 from llmtrain.model.recompute import Recompute, keeping_products
@@ -124,6 +133,7 @@ class Attention(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.head_size = config.head_size
+        self.whole: Whole = causal
         self.one_by_one: OneByOne = one_by_one
         kv_size = config.num_kv_heads * config.head_size
         self.wq = Linear(config.hidden_size, config.hidden_size)
@@ -135,7 +145,7 @@ class Attention(nn.Module):
         q = self.rotary(self.wq(x).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # (B, H, T, Q)
         k = self.rotary(self.wk(x).unflatten(-1, (-1, self.head_size))).transpose(1, 2)  # (B, G, T, Q)
         v = self.wv(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)  # (B, G, T, Q)
-        out = attend(q, k, v, documents, self.one_by_one).transpose(1, 2).flatten(2)  # (B, T, D)
+        out = attend(q, k, v, documents, self.whole, self.one_by_one).transpose(1, 2).flatten(2)  # (B, T, D)
         projected: Tensor = self.wo(out)
         return projected
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+import llmtrain.model.cudnn_attention  # noqa: F401, it defines an operation that is named here
+
 Recompute = Literal["none", "cheap", "all"]
 
 PRODUCTS = 7  # of a block: q, k, v, out, gate, up, down
@@ -22,6 +24,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch._higher_order_ops.flex_attention,
+    torch.ops.llmtrain.cudnn_attention.default,
 }
 
 

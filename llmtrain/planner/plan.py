@@ -153,8 +153,6 @@ def _warnings(config: Config, found: Memory, gpu: Gpu, pace: Pace | None, disk: 
     said = []
     if gpu.usable * TIGHT < found.total <= gpu.usable:
         said.append(f"tight: {found.total / gpu.usable:.0%} of what tensors may take, and this is an estimate")
-    if config.engine.compile:
-        said.append("compiled blocks keep fewer activations than this counts: an upper bound")
     if config.engine.deepspeed:
         said.append("of engine.deepspeed only bucket sizes, thresholds and overlap_comm are counted")
     if pace is not None and recomputed_blocks(config):

@@ -88,9 +88,12 @@ class RandomValues:
         return torch.randn(stop - start, generator=self.generator, device=device).mul_(self.std)
 
 
-def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str, Any] | None:
-    """Time `steps` updates of a config. Collective. Returns the result on the first rank, None on the others.
+def bench(
+    config: Config, *, steps: int, warm_up: int = WARM_UP, phases: bool = True, trace: Path | None = None
+) -> dict[str, Any] | None:
+    """Time `steps` updates of a config, after `warm_up` (at least 1) that are not timed. Collective.
 
+    Returns the result on the first rank, None on the others; without `phases` it has none, and takes less time.
     `trace` is where the first rank writes a Chrome trace of two updates. Nothing else is written. Raises LlmtrainError.
     """
     started = time.perf_counter()
@@ -105,12 +108,12 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
             with numerics.named():
                 _updates(engine, updates, 1, log)
             first_s = time.perf_counter() - started
-            _updates(engine, updates, WARM_UP - 1, log)
+            _updates(engine, updates, warm_up - 1, log)
             _forget_peak(world.device)
             seconds, waited = _updates(engine, updates, steps, log)
             peak_gib, reserved_gib = memory_gib(world.device), _reserved_gib(world.device)
-            phases = _phases(engine, updates, watch, log)
-            communication = communication_s(world, lambda: _updates(engine, updates, 1, log))
+            shares = _phases(engine, updates, watch, log) if phases else {}
+            communication = communication_s(world, lambda: _updates(engine, updates, 1, log)) if phases else {}
             if trace is not None:
                 _trace(engine, updates, log, trace if world.first else None)
         result = {
@@ -119,7 +122,7 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
             "launch_to_first_update_s": round(first_s, 3),
             "updates": steps,
             **_speed(config, world, seconds),
-            "phases_s": {"data": round(median(waited), 6), **phases},
+            "phases_s": {"data": round(median(waited), 6), **shares},
             "communication_s": communication,
             "batches_tokens_per_s": fed,
             "memory_gib": round(peak_gib, 3),

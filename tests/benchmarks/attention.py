@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,8 +39,12 @@ DOCUMENT = 512  # tokens of each document, where attention stays within document
 ROOT = Path(__file__).parent.parent.parent
 
 
-def attention_of(kernel: str, seq_len: int, documents: bool, device: str) -> Callable[..., Tensor]:
+def attention_of(kernel: str, seq_len: int, deterministic: bool, documents: bool, device: str) -> Callable[..., Tensor]:
     """A kernel as a function of q, k, v, (B, H, T, Q) with (B, G, T, Q) twice."""
+    if kernel == "cudnn" and deterministic:
+        from llmtrain.model.cudnn_attention import attend_deterministically
+
+        return attend_deterministically
     if kernel == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -47,6 +52,7 @@ def attention_of(kernel: str, seq_len: int, documents: bool, device: str) -> Cal
             return (query >= key) & (query // DOCUMENT == key // DOCUMENT if documents else query >= key)
 
         mask = create_block_mask(sees, None, None, seq_len, seq_len, device=device)
+        torch._dynamo.reset()  # each shape is compiled anew, however many came before
         fused = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         return lambda q, k, v: fused(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -72,7 +78,7 @@ def measure(kernel: str, shape: tuple[int, int, int, int], deterministic: bool, 
     gradient = torch.randn(batch, seq_len, heads, head_size, generator=generator, device=device).bfloat16()
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    attend = attention_of(kernel, seq_len, documents, device)
+    attend = attention_of(kernel, seq_len, deterministic, documents, device)
 
     def both() -> list[Tensor]:
         out = attend(q, k, v)
@@ -108,7 +114,7 @@ def rows_of(kernel: str, shapes: list[tuple[int, int, int, int]], device: str) -
     if kernel in LIBRARIES:
         torch.nn.attention.activate_flash_attention_impl(LIBRARIES[kernel])
     backend = SDPBackend.CUDNN_ATTENTION if kernel == "cudnn" else SDPBackend.FLASH_ATTENTION
-    for deterministic in (False,) if kernel == "cudnn" else (False, True):
+    for deterministic in (False,) if kernel == "cudnn" and find_spec("cudnn") is None else (False, True):
         for shape in shapes:
             for documents in (False, True) if kernel == "flex" and not deterministic else (False,):
                 try:

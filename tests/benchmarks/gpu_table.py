@@ -1,4 +1,4 @@
-"""How are the numbers of one GPU shown? As two tables, and a line for everything that has no numbers."""
+"""How are the numbers of one GPU shown? As a table of speeds, one of kernels, and a line for everything else."""
 
 import sys
 from collections.abc import Sequence
@@ -8,33 +8,56 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+RATES = ("micro", "recompute", "update s", "tokens/s", "MFU", "GiB", "planned", "of plan", "x HF", "launch s")
+
 
 def show(result: dict[str, Any]) -> None:
-    """Two tables: rates and memory, and where an update's time goes; then what is missing, and why."""
-    columns = ("micro", "recompute", "update s", "tokens/s", "MFU", "HFU", "GiB", "planned", "of plan", "x HF")
-    rates = _table(f"{result['device']['name']}: rates and memory", columns)
-    first = ("data", "forward", "backward", "optimizer", "log", "other")
-    times = _table("Of an update's time, every phase waited for", first)
+    """Print all that a result knows."""
+    rates = _table(f"{result['device']['name']}: rates and memory", RATES)
+    kernels = _table("Kernels of two updates", ("class", "ms", "share"))
     notes = []
-    for label, shape in result["shapes"].items():
-        for engine, case in shape["cases"].items():
-            name = f"{label} {engine}"
-            if case["why"] is not None:
-                notes.append(f"{name}: {case['why']}")
-            if not case["measured"]:
-                continue
-            numbers = (case["micro"], case["recompute"], f"{case['step_s']:.4f}", f"{case['tokens_per_s']:,.0f}")
-            shares = (_percent(case["mfu"]), _percent(case["hfu"]))
-            held = (_plain(case["memory_gib"]), _plain(case["planned_gib"]), _percent(case["memory_of_plan"]))
-            rates.add_row(name, *map(str, (*numbers, *shares, *held)), _plain(case["ratio_to_hf"], 3))
-            if case["phases_s"]:
-                whole = sum(case["phases_s"].values())
-                times.add_row(name, *(_percent(case["phases_s"].get(phase, 0.0) / whole) for phase in first))
-    console = Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False)
+    for name, part in result["parts"].items():
+        if part.get("why"):
+            notes.append(f"{name}: {part['why']}")
+        for row in part.get("rows", ()):
+            if "tokens_per_s" in row:
+                rates.add_row(name, *_speed(row, _beside(result, name)))
+                _add_kernels(kernels, name, row.get("kernels") or {})
+            else:
+                notes.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
+    console = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False)
     console.print(rates)
-    console.print(times)
+    console.print(kernels)
     for line in notes:
         console.print(line, soft_wrap=True)
+
+
+def _speed(row: dict[str, Any], theirs: float | None) -> list[str]:
+    memory, planned = row["memory_gib"], row.get("planned_gib")
+    return [
+        str(row.get("micro", "-")),
+        str(row.get("activation_checkpointing", "-")),
+        f"{row['step_s']:.4f}",
+        f"{row['tokens_per_s']:,.0f}",
+        _percent(row["mfu"]),
+        f"{memory:.2f}",
+        "-" if planned is None else f"{planned:.2f}",
+        "-" if planned is None else _percent(memory / planned),
+        "-" if theirs is None else f"{row['tokens_per_s'] / theirs:.3f}",
+        "-" if "launch_to_first_update_s" not in row else f"{row['launch_to_first_update_s']:.1f}",
+    ]
+
+
+def _beside(result: dict[str, Any], name: str) -> float | None:
+    """Tokens a second of Hugging Face's loop on the same shape."""
+    rows = result["parts"].get(f"{name.split()[0]} hf", {}).get("rows", [])
+    return rows[0]["tokens_per_s"] if rows else None
+
+
+def _add_kernels(table: Table, name: str, found: dict[str, Any]) -> None:
+    classes = found.get("ms_of_two_updates", {})
+    for kind, ms in classes.items():
+        table.add_row(name, kind, f"{ms:.1f}", _percent(ms / sum(classes.values())))
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -43,10 +66,6 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
     return table
-
-
-def _plain(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _percent(value: float | None) -> str:

@@ -43,16 +43,16 @@ from llmtrain.engines.base import (
     summed,
     unmarked,
 )
-from llmtrain.model.buckets import zero_buckets
+from llmtrain.model.buckets import zero_options
 from llmtrain.model.decoder import Block, Decoder
 
 
-def generated_json(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. The user's `engine.deepspeed` keys are merged in last."""
+def generated_json(config: Config, world_size: int, device_type: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, on "cuda" or "cpu". The user's `engine.deepspeed` is merged in last."""
     engine = config.engine
     accumulation = config.batch.accumulation(world_size)
     low_precision = engine.precision == "bf16" and engine.zero_stage > 0
-    zero: dict[str, Any] = {"stage": engine.zero_stage, **zero_buckets(config.model, engine.zero_stage)}
+    zero: dict[str, Any] = {"stage": engine.zero_stage, **zero_options(config, world_size, device_type)}
     if engine.offload.optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload.parameters:
@@ -83,7 +83,7 @@ class DeepSpeedEngine:
         self.stage = config.engine.zero_stage
         self.precision = config.engine.precision
         self.rate = LearningRate.of(config)
-        self.json = generated_json(config, world.size)
+        self.json = generated_json(config, world.size, world.device.type)
         self.autocast = self.stage == 0 and self.precision == "bf16"
         building: AbstractContextManager[Any] = torch.device("meta")
         if self.stage == 3:

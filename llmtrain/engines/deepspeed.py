@@ -13,8 +13,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ class DeepSpeedEngine:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         prepare_blocks(model, config)
         optimizer = build_adamw(model.named_parameters(), config.optim)
-        with redirect_stdout(io.StringIO()):  # it prints its memory use while it builds
+        with _local_rank_of(world.device), redirect_stdout(io.StringIO()):  # it prints its memory use while it builds
             self.engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
         self.updates = 0
 
@@ -215,6 +215,18 @@ def _import_deepspeed(world: World) -> Any:
     deepspeed.ops.__compatible_ops__ = dict.fromkeys(("deepspeed_shm_comm", "deepspeed_not_implemented"), False)
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+@contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """While it builds, DeepSpeed takes the GPU that LOCAL_RANK names, not so where a rank sees its own alone."""
+    local_rank = os.environ["LOCAL_RANK"]
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
 
 
 def _import_muon_uncompiled() -> None:

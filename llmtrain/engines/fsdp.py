@@ -1,8 +1,8 @@
 """FSDP2: parameters, gradients and moments sharded over the ranks, each block gathered when it is needed.
 
 `fully_shard` for each block, for the embedding, and for the last norm and the head together. A tied head is the
-embedding's, and where every rank has a whole copy nothing is gathered: there these three are one. fp32 sharded parameters
-are the masters; compute in bf16 where asked; gradients are reduced in fp32 and accumulate there. With
+embedding's, and where every rank has a whole copy nothing is gathered: there these three are one. fp32 sharded
+parameters are the masters; compute in bf16 where asked; gradients are reduced in fp32 and accumulate there. With
 `engine.shard_ranks` the ranks form a mesh of copies, each sharded over so many ranks, or over those of a node (HSDP).
 Zhao 2023, arXiv:2304.11277, and the documentation of torch.distributed.fsdp.fully_shard.
 """

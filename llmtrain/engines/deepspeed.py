@@ -146,12 +146,12 @@ class DeepSpeedEngine:
         parameters = list(self.engine.module.named_parameters())
         if self.stage == 0:
             slices = [_whole(name, p, self.optimizer.state[p]) for name, p in parameters]
-            return FlatState(slices, self.updates, writes=self.world.first)
+            return FlatState(slices, self.updates, copy=self.world.rank, copies=self.world.size)
         if self.stage == 3:
             slices = [_z3_slice(name, p, self.world.rank) for name, p in parameters]
         else:
             slices = [_fragment(name, p, self.optimizer) for name, p in parameters]
-        return FlatState(slices, self.updates, writes=True)
+        return FlatState(slices, self.updates)
 
     def load(self, source: StateSource, update: int) -> None:
         if self.stage == 3:

@@ -137,8 +137,9 @@ class FsdpEngine:
             held = {WEIGHT: parameter, **moments(self.optimizer.state[parameter])}
             tensors = flattened(held, _local)
             slices.append(Slice(name, start, start + shape[0] * row, parameter.numel(), tensors))
-        replica = self.mesh.get_local_rank("replicate") if self.mesh.ndim == 2 else 0
-        return FlatState(slices, self.updates, writes=replica == 0)
+        if self.mesh.ndim == 1:
+            return FlatState(slices, self.updates)
+        return FlatState(slices, self.updates, self.mesh.get_local_rank("replicate"), self.mesh.size(0))
 
     def load(self, source: StateSource, update: int) -> None:
         start_moments(self.optimizer, self.model.parameters(), update)

@@ -147,7 +147,7 @@ def _staging(flat: FlatState) -> Staging:
 
 def _pin(buffer: Tensor) -> None:
     """Lock a buffer's pages in memory, where a GPU writes into them by itself, until the buffer is no longer used."""
-    cuda = torch.cuda.cudart()
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(int(cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
     weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, buffer.data_ptr())
 

@@ -5,7 +5,7 @@ with fp32 gradient accumulation and reduction, which it does not do by itself. T
 innermost optimizer before the update. State is read and written in place through the fragments it exposes.
 
 Stage 0 in bf16 is the exception: there DeepSpeed cannot accumulate in fp32 over bf16 parameters, so the parameters stay
-fp32 and the forward pass runs under autocast.
+fp32 and the forward pass runs under autocast, which the head leaves.
 """
 
 import io

@@ -306,8 +306,14 @@ class EngineConfig(Section):
     """Who computes an update. Fields the chosen kind does not use are ignored, so `kind` alone switches engines."""
 
     kind: Literal["single", "fsdp", "deepspeed"] = "single"
-    precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="of compute; masters, moments and reduction are fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "bf16", description="of compute; masters, moments and reduction are fp32; tf32: fp32 but for products on a GPU"
+    )
+    deterministic: bool = Field(
+        False, description="on a GPU: kernels that give the same bits each time, which exact resume needs; slower"
+    )
+    attention: Literal["auto", "cudnn", "flash", "flash3", "flash4", "flex", "efficient"] = Field(
+        "auto", description="kernel on a GPU; auto: the fastest measured for the head size and sequence"
     )
     fp8: Literal["none", "tensorwise", "rowwise"] = Field(
         "none", description="single, fsdp, bf16: scales of the blocks' products in fp8, one an operand or one a row"
@@ -321,7 +327,9 @@ class EngineConfig(Section):
     reshard_after_forward: bool | None = Field(
         None, description="fsdp: free gathered weights after each pass, not each update; null: where they exceed 1 GiB"
     )
-    activation_checkpointing: Literal["none", "all"] | PositiveInt = Field("none", description="blocks; n: every n-th")
+    activation_checkpointing: Literal["none", "cheap", "all"] | PositiveInt = Field(
+        "none", description="recomputed backward; cheap: all but products and attention; all: blocks; n: every n-th"
+    )
     accumulation_sync: Literal["every", "last"] = Field(
         "every", description="fsdp: reduce gradients of every micro-batch, or only with the last, and keep them whole"
     )

@@ -257,12 +257,12 @@ def test_a_model_trains_as_with_a_dense_mask_and_new_documents_compile_nothing(
     model = built(config)
     for block in model.blocks:
         assert isinstance(block, decoder.Block)
-        block.recompute = recompute
+        block.recompute = "all" if recompute else "none"
     if compiled:
         request.addfinalizer(torch._dynamo.reset)
         compiled_without_kernels(monkeypatch, model)
         of_one_block = built(small(num_layers=1))
-        of_one_block.blocks[0].recompute = recompute
+        of_one_block.blocks[0].recompute = "all" if recompute else "none"
         compiled_without_kernels(monkeypatch, of_one_block)
         losses(of_one_block, *batches[0])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -326,7 +326,7 @@ def test_a_gpu_trains_as_with_a_dense_mask(compiled: bool, recompute: bool, monk
     model, reference = built(config, "cuda"), built(config, "cuda")
     for block in model.blocks:
         assert isinstance(block, decoder.Block)
-        block.recompute = recompute
+        block.recompute = "all" if recompute else "none"
         if compiled:
             block.compile_body()
     for seed in range(3):

@@ -254,7 +254,7 @@ def test_recomputing_blocks_changes_nothing(dtype, masked):
     results = []
     for recompute in ([False] * 3, [True] * 3, [False, True, False]):
         for block, on in zip(model.blocks, recompute, strict=True):
-            block.recompute = on
+            block.recompute = "all" if on else "none"
         model.zero_grad()
         loss = model(tokens, targets, documents)
         loss.backward()
@@ -276,7 +276,7 @@ def test_compiled_blocks_give_the_eager_loss(recompute):
     eager.backward()
     expected = gradients(model)
     model.zero_grad()
-    model.blocks[0].recompute = recompute
+    model.blocks[0].recompute = "all" if recompute else "none"
     torch.compiler.reset()
     model.blocks[0].compile(backend="aot_eager", fullgraph=True)
     compiled = model(tokens, targets)

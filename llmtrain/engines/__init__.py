@@ -5,10 +5,15 @@ import gc
 from llmtrain.config import Config
 from llmtrain.distributed import World
 from llmtrain.engines.base import Engine, Phase, unmarked
+from llmtrain.engines.numerics import set_numerics
 
 
 def build_engine(config: Config, world: World, phase: Phase = unmarked) -> Engine:
-    """The engine that `config.engine.kind` names, its weights empty until `load`. `phase` marks an update's parts."""
+    """The engine that `config.engine.kind` names, its weights empty until `load`. `phase` marks an update's parts.
+
+    From here on the process computes in the config's arithmetic.
+    """
+    set_numerics(config, world.device)
     if config.engine.kind == "single":
         from llmtrain.engines.single import SingleEngine
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from llmtrain.config import Config, OptimConfig
 from llmtrain.data.batches import Batch
 from llmtrain.distributed import World
+from llmtrain.engines import fp8, numerics
 from llmtrain.engines.eightbit import Moment, Unpacked
-from llmtrain.engines.fp8 import described
 from llmtrain.model.decoder import Block, Decoder
+from llmtrain.model.kernels import choose_kernel
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
 MOMENTUM = "momentum_buffer"  # what torch.optim.Muon calls its one moment
@@ -255,13 +256,16 @@ def score(forward: Callable[..., Tensor], batch: Batch, device: torch.device) ->
     return forward(batch.tokens, batch.targets, batch.document_ids, reduction="none").cpu().double()
 
 
-def prepare_blocks(model: Decoder, config: Config) -> None:
+def prepare_blocks(model: Decoder, config: Config, device: torch.device) -> None:
     """Activation checkpointing and compilation, block by block; parameter names stay as they are."""
+    model.always_tiled = device.type == "cuda" and choose_kernel(config).kernel == "flex"
     choice = config.engine.activation_checkpointing
-    every = {"none": 0, "all": 1}[choice] if isinstance(choice, str) else choice
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        block.recompute = bool(every) and index % every == 0
+        if isinstance(choice, str):
+            block.recompute = choice
+        elif index % choice == 0:
+            block.recompute = "all"
         if config.engine.compile:
             block.compile_body()
     if config.engine.compile:
@@ -269,10 +273,10 @@ def prepare_blocks(model: Decoder, config: Config) -> None:
         model.head.compile_likelihood()
 
 
-def lowered(config: Config, device: torch.device) -> str:
-    """What the banner adds where less is kept or computed with than the precision says."""
+def details(config: Config, device: torch.device) -> str:
+    """What the banner adds: where less is kept or computed with than the precision says, and which kernels compute."""
     moments_too = "; moments of matrices in 8 bits" if config.optim.name == "adamw8bit" else ""
-    return f"{moments_too}{described(config, device)}"
+    return "\n".join([f"{moments_too}{fp8.described(config, device)}", *numerics.described(config, device)])
 
 
 def summed(world: World, value: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from llmtrain.engines.base import (
     StepStats,
     build_adamw,
     count_valid,
+    details,
     fill,
     inference,
     prepare_blocks,
@@ -84,6 +85,7 @@ class DeepSpeedEngine:
         self.precision = config.engine.precision
         self.rate = LearningRate.of(config)
         self.json = generated_json(config, world.size, world.device.type)
+        self.details = details(config, world.device)
         self.autocast = self.stage == 0 and self.precision == "bf16"
         building: AbstractContextManager[Any] = torch.device("meta")
         if self.stage == 3:
@@ -94,7 +96,7 @@ class DeepSpeedEngine:
             model = model.to_empty(device=world.device)
         if self.stage == 3:  # a block is gathered as one, outside of what is compiled and computed again
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        prepare_blocks(model, config)
+        prepare_blocks(model, config, world.device)
         optimizer = build_adamw(model.named_parameters(), config.optim)
         with _local_rank_of(world.device), redirect_stdout(io.StringIO()):  # it prints its memory use while it builds
             self.engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
@@ -168,7 +170,7 @@ class DeepSpeedEngine:
         compute = f"{self.precision} compute" + (" (autocast)" if self.autocast else "")
         return (
             f"DeepSpeed ZeRO-{self.stage} over {self.world.size} ranks, {compute}, "
-            f"fp32 masters, moments, accumulation and reduction\nDeepSpeed JSON {json.dumps(self.json)}"
+            f"fp32 masters, moments, accumulation and reduction{self.details}\nDeepSpeed JSON {json.dumps(self.json)}"
         )
 
     def _replicated_norm(self) -> Tensor | None:

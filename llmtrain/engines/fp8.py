@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError, EnvironmentError
-from llmtrain.model.decoder import Decoder, Linear
+from llmtrain.model.decoder import Decoder
 from llmtrain.model.precision import linear
+from llmtrain.model.projection import Linear
 
 OLDEST = (8, 9)  # compute capability: Ada, Hopper and newer multiply fp8
 

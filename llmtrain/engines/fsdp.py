@@ -31,10 +31,10 @@ from llmtrain.engines.base import (
     StateSource,
     StepStats,
     count_valid,
+    details,
     fill,
     flattened,
     inference,
-    lowered,
     moments,
     prepare_blocks,
     score,
@@ -64,7 +64,7 @@ class FsdpEngine:
         with torch.device("meta"):
             model = Decoder(config.model)
         use_fp8(model, config, world.device)
-        prepare_blocks(model, config)
+        prepare_blocks(model, config, world.device)
         compute = torch.bfloat16 if self.precision == "bf16" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         self.keeps = keeps_gathered(config)
@@ -83,7 +83,7 @@ class FsdpEngine:
             part.set_modules_to_forward_prefetch([following])
         self.model = model.to_empty(device=world.device)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optim, ShardedMuon)
-        self.lowered = lowered(config, world.device)
+        self.details = details(config, world.device)
         self.updates = 0
 
     def train_step(
@@ -156,7 +156,7 @@ class FsdpEngine:
         gathered = ", weights gathered once an update" if self.keeps else ""
         return (
             f"FSDP2 over {self.world.size} ranks ({copies} x {shards} shards), {self.precision} compute, "
-            f"fp32 masters, moments, accumulation and reduction{gathered}{kept}{self.lowered}"
+            f"fp32 masters, moments, accumulation and reduction{gathered}{kept}{self.details}"
         )
 
     def _whole_gib(self) -> float:

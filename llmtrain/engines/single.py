@@ -1,7 +1,9 @@
 """One device, nothing sharded: the engine that is read first, and the reference the others are tested against.
 
 In bf16 the module computes in bf16 while fp32 masters live beside it: each micro-batch's gradients are added to the
-masters' fp32 gradients as they appear, the update is made on the masters, and the module gets their rounded copy.
+masters' fp32 gradients as they appear, the update is made on the masters, and the module gets their rounded copy. Where
+gradients accumulate and the device can, the blocks' products add to those fp32 gradients themselves
+(`llmtrain.model.projection`): those live as long as the engine and are set to zero after each update.
 """
 
 from collections.abc import Sequence
@@ -21,10 +23,10 @@ from llmtrain.engines.base import (
     Slice,
     StateSource,
     StepStats,
+    details,
     fill,
     flattened,
     inference,
-    lowered,
     moments,
     prepare_blocks,
     score,
@@ -35,6 +37,7 @@ from llmtrain.engines.fp8 import use_fp8
 from llmtrain.engines.optimizers import build_optimizer
 from llmtrain.errors import ConfigError
 from llmtrain.model.decoder import Decoder
+from llmtrain.model.projection import Linear, sums_in_products
 
 
 class SingleEngine:
@@ -55,15 +58,16 @@ class SingleEngine:
         use_fp8(model, config, world.device)
         self.model = model.to_empty(device=world.device)
         self.masters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.sums: dict[str, Tensor] = {}  # gradients that products add to, by name
         self.low_precision = config.engine.precision == "bf16"
         if self.low_precision:
             self.masters = {name: torch.empty_like(p, requires_grad=True) for name, p in self.masters.items()}
             self.model.to(torch.bfloat16)
-            for name, parameter in self.model.named_parameters():
-                parameter.register_post_accumulate_grad_hook(_folding_into(self.masters[name]))  # type: ignore[no-untyped-call]
-        prepare_blocks(self.model, config)
+            accumulates = config.batch.accumulation(1) > 1
+            self._fold_gradients(in_products=accumulates and sums_in_products(world.device))
+        prepare_blocks(self.model, config, world.device)
         self.optimizer = build_optimizer(self.masters.items(), config.optim)
-        self.lowered = lowered(config, world.device)
+        self.details = details(config, world.device)
         self.updates = 0
 
     def train_step(
@@ -85,7 +89,7 @@ class SingleEngine:
             if self.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.clip, norm)
             self.optimizer.step()
-            self.optimizer.zero_grad()
+            self._clear_gradients()
             self._publish()
         self.updates += 1
         return StepStats(nats / valid, norm, *self.rate.read(self.optimizer))
@@ -116,7 +120,27 @@ class SingleEngine:
 
     def describe(self) -> str:
         compute = "bf16 compute, fp32 masters" if self.low_precision else "fp32"
-        return f"single device {self.world.device}, {compute}, fp32 gradients and moments{self.lowered}"
+        return f"single device {self.world.device}, {compute}, fp32 gradients and moments{self.details}"
+
+    def _fold_gradients(self, in_products: bool) -> None:
+        """Have every gradient added to its master's: where it can, by the product that makes it."""
+        if in_products:
+            for name, module in self.model.named_modules():
+                if isinstance(module, Linear):
+                    weight = f"{name}.weight"
+                    self.sums[weight] = torch.zeros_like(self.masters[weight], requires_grad=False)
+                    self.masters[weight].grad = self.sums[weight]
+                    module.sum_gradients_into(self.sums[weight])
+        for name, parameter in self.model.named_parameters():
+            if name not in self.sums:
+                parameter.register_post_accumulate_grad_hook(_folding_into(self.masters[name]))  # type: ignore[no-untyped-call]
+
+    def _clear_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        if self.sums:
+            torch._foreach_zero_(list(self.sums.values()))
+        for name, total in self.sums.items():
+            self.masters[name].grad = total
 
     @torch.no_grad()
     def _publish(self) -> None:

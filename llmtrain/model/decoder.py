@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.config import ModelConfig
 from llmtrain.model.attention import Documents, OneByOne, attend, documents_for, one_by_one, one_by_one_uncompiled
 from llmtrain.model.loss import Head, Reduction
-from llmtrain.model.precision import linear
+from llmtrain.model.projection import Linear
+from llmtrain.model.recompute import Recompute, keeping_products
 from llmtrain.model.rope import Rotary
 
 
@@ -29,6 +30,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.always_tiled = False  # attention by tiles also where sequences are one document
         self.rotary = Rotary(config)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, self.rotary) for _ in range(config.num_layers))
@@ -49,6 +51,8 @@ class Decoder(nn.Module):
         `document_ids`, which never fall along a sequence, a position sees only earlier ones of the same document.
         """
         self.rotary.prepare(tokens.device)
+        if document_ids is None and self.always_tiled:
+            document_ids = torch.zeros_like(tokens)
         documents = None if document_ids is None else documents_for(document_ids, self.config.head_size)
         x = self.embed(tokens)  # (B, T, D)
         for block in self.blocks:
@@ -70,13 +74,14 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
-    With `recompute` set, the backward pass computes the block's activations again instead of keeping them. That, like
-    compilation, happens inside `forward`: hooks on the block stay outside and parameter names stay as they are.
+    `recompute` says what the backward pass computes again instead of keeping it. That, like compilation, happens inside
+    `forward`: hooks on the block stay outside and parameter names stay as they are. Nothing in a block is random, so
+    there is no random state to keep.
     """
 
     def __init__(self, config: ModelConfig, rotary: Rotary) -> None:
         super().__init__()
-        self.recompute = False
+        self.recompute: Recompute = "none"
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, rotary)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -88,13 +93,25 @@ class Block(nn.Module):
         self.attention.one_by_one = one_by_one_uncompiled()
 
     def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            # Nothing in a block is random, so there is no random state to keep.
+        if self.recompute == "all" and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._body, x, documents, use_reentrant=False, preserve_rng_state=False)
             return out
         return self._body(x, documents)
 
     def _body(self, x: Tensor, documents: Documents | None) -> Tensor:
+        if self.recompute == "cheap" and torch.is_grad_enabled():
+            out: Tensor = checkpoint(
+                self._layers,
+                x,
+                documents,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=keeping_products,
+            )
+            return out
+        return self._layers(x, documents)
+
+    def _layers(self, x: Tensor, documents: Documents | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), documents)  # (B, T, D)
         out: Tensor = x + self.ffn(self.ffn_norm(x))
         return out
@@ -146,17 +163,6 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight)  # (B, T, D)
-
-
-class Linear(nn.Module):
-    """A projection without bias. It owns `weight` (out, in)."""
-
-    def __init__(self, in_size: int, out_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):

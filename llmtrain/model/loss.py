@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.model.precision import linear, needs_widening
+from llmtrain.model.projection import sums_in_products
 
 IGNORE = -100
 """The target of a position that does not count."""
 
 Reduction = Literal["sum", "none"]
-Likelihood = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Likelihood = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 class Head(nn.Module):
@@ -87,15 +88,22 @@ def chunk_tokens(tokens: int, vocab_size: int, device_type: str) -> int:
     return max(1, -(-tokens // chunks))
 
 
-def likelihood(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """NLL of each target, (C,), and its gradient, softmax - onehot, (C, V), from logits (C, V) and targets (C, 1)."""
+def likelihood(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """NLL of each target, (C,), and its gradient, softmax - onehot, (C, V) in `dtype`.
+
+    From logits (C, V) in fp32, and targets (C, 1).
+    """
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     picked = shifted.gather(1, target)
     powers = shifted.exp_()
     total = powers.sum(dim=-1, keepdim=True)
     gradient = powers.div_(total)
-    gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
-    return (total.log() - picked).squeeze(1), gradient
+    if torch.compiler.is_compiling():  # compiled, a scatter is a pass of its own; alone, a comparison is
+        column = torch.arange(gradient.shape[1], device=gradient.device)
+        gradient = torch.where(column == target, gradient - 1, gradient)
+    else:
+        gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+    return (total.log() - picked).squeeze(1), gradient.to(dtype)
 
 
 def _chunked(
@@ -119,8 +127,7 @@ def _chunked(
             nll[part] = -torch.log_softmax(logits, dim=-1).gather(1, target[part]).squeeze(1)
             continue
         # Ignored rows are dropped where rows are short: in h and in its gradient, not in the (C, V) matrix.
-        nll[part], gradient = gradients(logits, target[part])
-        gradient = gradient.to(operand.dtype)
+        nll[part], gradient = gradients(logits, target[part], operand.dtype)
         skip = ignored[part].unsqueeze(1)  # (C, 1)
         grad_hidden[part] = (gradient @ operand).masked_fill_(skip, 0)
         _add_product(grad_weight, gradient.t(), h.masked_fill(skip, 0))
@@ -138,5 +145,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, in the fp32 of `total`."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
+    elif sums_in_products(a.device):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += _product(a, b)

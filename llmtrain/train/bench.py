@@ -1,8 +1,9 @@
 """How fast does a config train here, where does an update's time go, and how near is that to the device's best?
 
 The engine, the batches and the logging are those of training, fed from the run's data, or from random tokens where it
-is not prepared. Untimed updates come first: they allocate and compile. Then updates are timed as training makes them,
-and a few more with every phase waited for, which is slower on a GPU: phases are shares of an update, not parts of it.
+is not prepared. Weights are drawn on the device, other ones than a run starts from. Untimed updates come first: they
+allocate and compile. Then updates are timed as training makes them, and a few more with every phase waited for, which
+is slower on a GPU: phases are shares of an update, not parts of it.
 
 Tokens per second are those of the median update. Model FLOP utilisation (MFU) counts 6 N + 12 L H Q T for each token
 (`llmtrain.model.size`) over the device's peak: by its exact name on a GPU, none where that is unknown, and on a CPU as
@@ -20,14 +21,15 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import llmtrain
 from llmtrain.config import Config
 from llmtrain.data.batches import Batch, TrainBatches
 from llmtrain.data.dataset import open_data
 from llmtrain.distributed import World, find_place, open_world
-from llmtrain.engines import build_engine
-from llmtrain.engines.base import Engine, StepStats
+from llmtrain.engines import build_engine, numerics
+from llmtrain.engines.base import WEIGHT, Engine, StepStats
 from llmtrain.errors import DataError
 from llmtrain.model.precision import linear
 from llmtrain.model.size import flops_per_token, forward_flops_per_token, parameter_count
@@ -36,7 +38,6 @@ from llmtrain.train.feed import check_data, train_batches
 from llmtrain.train.late import Late
 from llmtrain.train.links import collectives, communication_s
 from llmtrain.train.metrics import MetricsLog
-from llmtrain.train.start import InitialValues
 from llmtrain.train.throughput import memory_gib, peak_flops
 
 WARM_UP = 3
@@ -70,6 +71,23 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
+class RandomValues:
+    """State drawn on the device, in seconds for any size: an update costs the same whatever it starts from."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.std = config.model.init_std
+        self.generator = torch.Generator(device).manual_seed(config.run.seed)
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of one flattened tensor, 1-D fp32 on the device."""
+        device = self.generator.device
+        if kind != WEIGHT:
+            return torch.zeros(stop - start, device=device)
+        if name.endswith("norm.weight"):
+            return torch.ones(stop - start, device=device)
+        return torch.randn(stop - start, generator=self.generator, device=device).mul_(self.std)
+
+
 def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str, Any] | None:
     """Time `steps` updates of a config. Collective. Returns the result on the first rank, None on the others.
 
@@ -78,19 +96,19 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
     started = time.perf_counter()
     config.batch.accumulation(find_place(os.environ).size)
     with open_world(config.engine.timeout_s, collectives=config.engine.kind != "single") as world:
-        torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
         watch = Stopwatch(world.device)
         engine = build_engine(config, world, watch.phase)
-        engine.load(InitialValues(config), 0)
+        engine.load(RandomValues(config, world.device), 0)
         source, fed, updates = _feed(config, world)
         with closing(updates), tempfile.TemporaryDirectory() as folder:
             log = MetricsLog(Path(folder))
-            _updates(engine, updates, 1, log)
+            with numerics.named():
+                _updates(engine, updates, 1, log)
             first_s = time.perf_counter() - started
             _updates(engine, updates, WARM_UP - 1, log)
             _forget_peak(world.device)
             seconds, waited = _updates(engine, updates, steps, log)
-            peak_gib = memory_gib(world.device)
+            peak_gib, reserved_gib = memory_gib(world.device), _reserved_gib(world.device)
             phases = _phases(engine, updates, watch, log)
             communication = communication_s(world, lambda: _updates(engine, updates, 1, log))
             if trace is not None:
@@ -105,6 +123,7 @@ def bench(config: Config, *, steps: int, trace: Path | None = None) -> dict[str,
             "communication_s": communication,
             "batches_tokens_per_s": fed,
             "memory_gib": round(peak_gib, 3),
+            "reserved_gib": round(reserved_gib, 3),
             "planned_gib": round(_planned(config, world) / 2**30, 3),
             "collectives": collectives(world),
         }
@@ -257,6 +276,11 @@ def _forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def _reserved_gib(device: torch.device) -> float:
+    """What the allocator took from a GPU at most, for tensors and the gaps between them."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
+
+
 def _about(config: Config, world: World) -> dict[str, Any]:
     cuda = world.device.type == "cuda"
     return {
@@ -266,6 +290,11 @@ def _about(config: Config, world: World) -> dict[str, Any]:
         "engine": {"kind": config.engine.kind, "zero_stage": config.engine.zero_stage},
         "precision": config.engine.precision,
         "compile": config.engine.compile,
+        "deterministic": config.engine.deterministic,
+        "activation_checkpointing": config.engine.activation_checkpointing,
+        "fp8": config.engine.fp8,
+        "micro": config.batch.micro,
+        "numerics": numerics.described(config, world.device),
         "parameters": parameter_count(config.model),
         "tokens_per_update": config.batch.tokens,
         "versions": {"llmtrain": llmtrain.__version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from llmtrain.checkpoint.imported import open_import
 from llmtrain.checkpoint.inspect import locate
@@ -75,7 +74,6 @@ def find_edge(
     config.batch.accumulation(find_place(os.environ).size)
     with open_world(config.engine.timeout_s, collectives=config.engine.kind != "single") as world:
         require_alike(config, data, [], world)
-        torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
         found = None if from_checkpoint is None else _checkpoint(config, world, from_checkpoint)
         rng.seed_generators(config.run.seed, world.rank)
         engine = build_engine(config, world)

@@ -19,6 +19,7 @@ from llmtrain.config_file import to_yaml
 from llmtrain.data.batches import ValidationSet
 from llmtrain.data.dataset import PreparedData, open_data
 from llmtrain.distributed import World, find_place, node_name, open_world, set_timeouts
+from llmtrain.engines import numerics
 from llmtrain.engines.base import Engine
 from llmtrain.model.size import flops_per_token, parameter_count
 from llmtrain.planner.plan import misfit
@@ -69,14 +70,14 @@ def train(
             ExitStack() as reported,
             Watchdog(config, world) as watchdog,
         ):
-            torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
             _tell(world, measure(world))
             _tell(world, _too_large(config, world))
             watchdog.at("start")
             engine = build(config, world)
             set_timeouts(group_timeout_s(config))
             watchdog.follow(engine, {"train_step": "update", "nats": "validate"})
-            _run(leg, engine, lock, reported, watchdog)
+            with numerics.named():
+                _run(leg, engine, lock, reported, watchdog)
             watchdog.at("end")
             world.barrier()
 

@@ -30,7 +30,6 @@ def opened(run_dir: Path, step: int | None) -> Iterator[tuple[Config, Engine, Ch
     engine_config = EngineConfig(kind="single", precision=config.engine.precision)
     config = config.model_copy(update={"engine": engine_config})
     with open_world(config.engine.timeout_s, collectives=False) as world:
-        torch.set_float32_matmul_precision("medium" if world.device.type == "cpu" else "high")
         checkpoint, rejected = CheckpointStore(checkpoints_of(run_dir), world, keep=2).pick(step)
         for text in rejected:
             print(f"rejected {text}", file=sys.stderr)

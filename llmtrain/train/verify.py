@@ -246,7 +246,7 @@ def _leg_config(config: Config, layout: Layout, run_dir: Path, at: int, last: in
     stage = int(layout.engine[-1]) if layout.engine.startswith("zero") else config.engine.zero_stage
     kind = "deepspeed" if layout.engine.startswith("zero") else layout.engine
     values["run"] |= {"dir": str(run_dir), "stop_at": f"{last} steps", "max_minutes": None, "branch_from": None}
-    values["engine"] |= {"kind": kind, "zero_stage": stage}
+    values["engine"] |= {"kind": kind, "zero_stage": stage, "deterministic": True}
     values["validation"] |= {"every": None, "max_tokens": config.batch.seq_len, "sets": {}}
     values["checkpoint"] |= {"dir": "", "every": f"{at} steps", "ephemeral": None, "keep": 2, "keep_every": None}
     values["logging"]["wandb"]["mode"] = "disabled"

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.arrival import await_all, launchers_store
+from llmtrain.device import choose_gpu, host_threads, require_no_gpus_given, usable_cores
 from llmtrain.errors import EnvironmentError
 from llmtrain.heap import keep_freed_memory
 from llmtrain.rendezvous import meet
@@ -161,17 +162,14 @@ def open_world(
 
 def _device(place: Place) -> torch.device:
     if torch.cuda.is_available():
-        if place.local_rank >= torch.cuda.device_count():
-            raise EnvironmentError(
-                f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} visible on "
-                f"{socket.gethostname()}; start one process per GPU"
-            )
-        torch.cuda.set_device(place.local_rank)
-        return torch.device("cuda", place.local_rank)
+        index = choose_gpu(torch.cuda.device_count(), place.local_rank, place.local_size, os.environ)
+        torch.cuda.set_device(index)
+        torch.set_num_threads(host_threads(usable_cores(), place.local_size, os.environ))
+        return torch.device("cuda", index)
+    require_no_gpus_given(os.environ)
     if "OMP_NUM_THREADS" not in os.environ or place.local_size == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # "4,2" is for nested teams
-        torch.set_num_threads(max(1, int(asked)) if asked.isdigit() else max(1, cores // place.local_size))
+        torch.set_num_threads(max(1, int(asked)) if asked.isdigit() else max(1, usable_cores() // place.local_size))
     keep_freed_memory()
     return torch.device("cpu")
 

@@ -240,7 +240,7 @@ def measured(config: Config, world: World) -> dict[str, int]:
 
 def planned(config: Config, count: int) -> dict[str, int]:
     """What `measured` should find on the rank that holds most, where weights do not move."""
-    held, most = state.holdings(config, count), memory(config, count, "cpu")
+    held, most = state.holdings(config, count, "cpu"), memory(config, count, "cpu")
     found = {}
     for kind in ("weights", "masters", "moments", "gradients"):
         always = held.always.get(kind, 0) + held.host.get(kind, 0)

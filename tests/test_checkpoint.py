@@ -41,7 +41,7 @@ def flat(update: int) -> FlatState:
     for name, count in (("a.weight", 1000), ("b.weight", 7)):
         tensors = {kind: torch.arange(float(count)) + update + index / 2 for index, kind in enumerate(KINDS)}
         slices.append(Slice(name, 0, count, count, tensors))
-    return FlatState(slices, update, writes=True)
+    return FlatState(slices, update)
 
 
 def saved(folder: Path, *updates: int, keep: int = 9) -> CheckpointStore:

@@ -93,7 +93,7 @@ def checkpoint(folder: Path, model: ModelConfig, tokenizer_hash: str = "") -> Pa
         "compare": {"tokenizer_hash": tokenizer_hash},
     }
     store = CheckpointStore(folder, ALONE, keep=2)
-    assert store.save(FlatState(slices, 5, writes=True), state) is None
+    assert store.save(FlatState(slices, 5), state) is None
     return folder / "step_00000005"
 
 

@@ -148,3 +148,29 @@ def test_chunks_are_even_and_bounded(tokens, vocab, device):
     if tokens:
         chunks = -(-tokens // size)
         assert size - tokens / chunks < 1 + tokens / chunks**2
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["bf16_instructions", "without"])
+def test_autocast_does_not_round_logits(chunked, monkeypatch, native):
+    """ZeRO-0 in bf16 would train on a loss of rounded logits, unlike every other engine."""
+    monkeypatch.setattr(precision, "CPU_MULTIPLIES_BF16", native)
+    met = []
+
+    def product(a, b):  # as on a GPU: operands as they come, the result in fp32
+        met.append((a.dtype, b.dtype, torch.is_autocast_enabled("cpu")))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(loss_module, "_product", product)
+    layer = head()
+    hidden, targets = inputs("some")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(hidden, targets)
+    grads = torch.autograd.grad(loss, (hidden, layer.weight))
+    rounded = hidden.detach().bfloat16().float().requires_grad_(), layer.weight.detach().bfloat16().requires_grad_()
+    expected = plain(*rounded, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    operands = torch.bfloat16 if native else torch.float32  # widened from bf16, where bf16 is slow
+    assert set(met) == {(operands, operands, False)}
+    assert [gradient.dtype for gradient in grads] == [torch.float32, torch.float32]
+    for gradient, reference in zip(grads, torch.autograd.grad(expected, rounded), strict=True):
+        assert (gradient - reference).norm() < 0.01 * reference.norm()

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,15 @@ from llmtrain.checkpoint.flat import write_rank_file
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.store import CheckpointStore, open_checkpoint
 from llmtrain.cli import main
+from llmtrain.config_file import load_config
+from llmtrain.distributed import open_world
+from llmtrain.engines import build_engine
 from llmtrain.engines.base import EXP_AVG, WEIGHT, FlatState
 from llmtrain.errors import CheckpointError
 from llmtrain.train.metrics import read_metrics
 from tests import ranks
 from tests.test_checkpoint import ALONE, KINDS, flat, names
+from tests.test_layouts import first_difference
 from tests.test_resume import history, weights
 from tests.test_train import command, train_here
 
@@ -165,6 +170,77 @@ def test_a_mistake_in_the_thread_ends_the_run(saving: State) -> None:
     save(saver, state, 10)
     with pytest.raises(CheckpointError, match="state below fp32"):
         saver.finish()
+
+
+def test_one_buffer_holds_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank would pin up to twice the memory of its state: every slice, or the whole, up to a power of two."""
+    pinned: list[Any] = []
+
+    def register(address: int, size: int, flags: int) -> int:
+        pinned.append((address, size))
+        return 0
+
+    def unregister(address: int) -> None:
+        pinned.remove((address, 3 * 1007 * 4))
+
+    driver = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    state = flat(0)
+    staging = saver_module._staging(state)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in staging.values()}
+    [(address, size)] = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in staging.values()}
+    assert len(staging) == 6 and storages == {address}
+    assert size == sum(tensor.nbytes for piece in state.slices for tensor in piece.tensors.values()) == 3 * 1007 * 4
+    assert sorted(tensor.data_ptr() - address for tensor in staging.values())[1] == 4000  # one after another
+    saver_module._pin(torch.zeros(0).set_(staging["a.weight", WEIGHT].untyped_storage()))  # type: ignore[call-overload]
+    assert pinned == [(address, size)]
+    del staging
+    assert pinned == []  # else the driver keeps what another tensor's memory is by now
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3, 7, 2000])
+def test_copies_write_each_element_once(copies: int) -> None:
+    """Elements would be missing from a checkpoint, or one node would write for all."""
+    whole = flat(0)
+    shares = [FlatState(whole.slices, 0, copy, copies).share() for copy in range(copies)]
+    held = [sum(piece.stop - piece.start for piece in share) for share in shares]
+    assert max(held) - min(held) <= 1
+    for piece in whole.slices:
+        for kind, tensor in piece.tensors.items():
+            parts = [part for share in shares for part in share if part.name == piece.name]
+            assert [part.start for part in parts] == [0, *(part.stop for part in parts)][:-1]
+            assert torch.equal(torch.cat([part.tensors[kind] for part in parts]), tensor)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (2, ("engine.kind=fsdp", "engine.shard_ranks=1")),
+        (4, ("engine.kind=fsdp", "engine.shard_ranks=2")),
+        (2, ("engine.kind=deepspeed", "engine.zero_stage=0")),
+    ],
+    ids=["2x1", "2x2", "zero0"],
+)
+def test_copies_of_shards_save_together(
+    prepared: dict[str, Any], tmp_path: Path, count: int, words: tuple[str, ...]
+) -> None:
+    """The first node would write everything while the others wait, or a run of copies could not be gone on with."""
+    for name, stops in (("straight", (20,)), ("halves", (10, 20))):
+        for stop in stops:
+            line = command(prepared, tmp_path / name, *words, f"run.stop_at={stop} steps")
+            ranks.start(tmp_path / f"{name}_{stop}", count, main, line).succeeded()
+    assert history(tmp_path / "halves") == history(tmp_path / "straight")
+    assert weights(tmp_path / "halves") == weights(tmp_path / "straight")
+    written = [len(data) for data in weights(tmp_path / "straight")]
+    assert len(written) == count and max(written) < 1.1 * min(written)
+
+    folder = tmp_path / "straight/checkpoints/step_00000020"
+    saved = open_checkpoint(folder)
+    with open_world(60, collectives=False) as world:
+        engine = build_engine(load_config(tmp_path / "straight.yaml", ["engine.kind=single"]), world)
+        engine.load(saved.reader, saved.step)
+        assert first_difference(engine.state(), folder, saved.step) == ""
 
 
 def resident_mb() -> float:

@@ -1,6 +1,7 @@
 """How does flat state lie on disk?
 
-Each rank writes one safetensors file, `rank_00000.safetensors`, with the slices it owns: 1-D fp32 tensors named
+Each rank writes one safetensors file, `rank_00000.safetensors`, with the slices it owns, or its share of those that
+other ranks hold as well: 1-D fp32 tensors named
 `kind/parameter/start`, for example `exp_avg/blocks.0.attention.wq.weight/524288`. What belongs to the rank alone, the
 state of its random generators, is text in the file's metadata. A file says by itself what it holds, so any engine on
 any number of ranks reads just the ranges it needs; nothing is gathered or unpickled.
@@ -28,9 +29,9 @@ EMA = "ema"  # a kind of tensor beside those of the engines: `llmtrain.train.ave
 
 
 def write_rank_file(path: Path, state: FlatState, metadata: dict[str, str] | None = None) -> None:
-    """Write the slices this rank owns. Raises OSError where the disk refuses."""
+    """Write this rank's share of the state. Raises OSError where the disk refuses."""
     tensors = {}
-    for piece in state.slices if state.writes else []:
+    for piece in state.share():
         for kind, tensor in piece.tensors.items():
             if tensor.dtype != torch.float32:
                 raise CheckpointError(f"{kind} of {piece.name} is {tensor.dtype}: state below fp32 cannot be resumed")

@@ -1,13 +1,14 @@
 """How is a checkpoint written while training goes on?
 
-The state is copied to buffers in host memory, pinned where a GPU copies into them, which is all that training waits
-for; a thread writes from there. There is one set of buffers, taken once, so memory does not grow with saves, and the
-next save waits for the last. A write that failed is told at once and tried again from the same buffers until
+The state is copied to a buffer in host memory, pinned where a GPU copies into it, which is all that training waits for;
+a thread writes from there. There is one buffer, taken once, so memory does not grow with saves, and the next save
+waits for the last. A write that failed is told at once and tried again from the same buffer until
 it works, or until the next save brings newer state. What else ends the thread is raised by the next save.
 """
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -120,32 +121,49 @@ class Saver:
             self.say(f"step {update}  NOT SAVED, {then}: {problem}")
 
 
-Staging = dict[tuple[str, str], Tensor]
+Staging = dict[tuple[str, str], Tensor]  # views into one buffer, by parameter and kind
 
 
 def _staging(flat: FlatState) -> Staging:
-    """Host memory for this rank's slices, touched now, so that memory that is not there is missed at the start."""
-    pieces = flat.slices if flat.writes else []
-    return {
-        (piece.name, kind): torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).fill_(0)
-        for piece in pieces
+    """Host memory for this rank's share, touched now, so that memory that is not there is missed at the start.
+
+    It is one buffer of just that size, pinned where it is for a GPU. Pinned by torch's allocator, it would take the
+    next power of two, and so would each slice alone.
+    """
+    shapes = [
+        (piece.name, kind, tensor.dtype, tensor.nbytes, tensor.is_cuda)
+        for piece in flat.share()
         for kind, tensor in piece.tensors.items()
-    }
+    ]
+    buffer = torch.zeros(sum(size for *_, size, _ in shapes), dtype=torch.uint8).fill_(0)
+    if any(on_gpu for *_, on_gpu in shapes):
+        _pin(buffer)
+    staging, at = {}, 0
+    for name, kind, dtype, size, _ in shapes:
+        staging[name, kind] = buffer[at : at + size].view(dtype)
+        at += size
+    return staging
+
+
+def _pin(buffer: Tensor) -> None:
+    """Lock a buffer's pages in memory, where a GPU writes into them by itself, until the buffer is no longer used."""
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(int(cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+    weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, buffer.data_ptr())
 
 
 def _stage(flat: FlatState, staging: Staging) -> FlatState:
-    """The same state, copied into the buffers."""
-    if not flat.writes:
-        return flat._replace(slices=[])
-    slices = []
-    for piece in flat.slices:
+    """This rank's share of the state, copied into the buffer."""
+    slices, on_gpu = [], False
+    for piece in flat.share():
         copies = {kind: staging[piece.name, kind] for kind in piece.tensors}
         for kind, tensor in piece.tensors.items():
             if tensor.is_cuda:
+                on_gpu = True
                 copies[kind].copy_(tensor, non_blocking=True)
             else:  # by one thread: waking several for each slice costs more than it gains
                 np.copyto(copies[kind].view(torch.uint8).numpy(), tensor.detach().view(torch.uint8).numpy())
         slices.append(piece._replace(tensors=copies))
-    if any(tensor.is_cuda for piece in flat.slices for tensor in piece.tensors.values()):
+    if on_gpu:
         torch.cuda.synchronize()
-    return flat._replace(slices=slices)
+    return FlatState(slices, flat.update)

@@ -182,8 +182,7 @@ class CheckpointStore:
     def require_room(self, flat: FlatState) -> None:
         """Raise CheckpointError, before hours are spent, where the disk cannot take what is to be kept, or is no
         disk that all ranks share."""
-        slices = flat.slices if flat.writes else []
-        mine = sum(tensor.nbytes for piece in slices for tensor in piece.tensors.values())
+        mine = sum(tensor.nbytes for piece in flat.share() for tensor in piece.tensors.values())
         self._bytes = sum(int(text) for text in self.world.gather_text(str(mine)))
         token = self.world.gather_text(secrets.token_hex(4))[0]
         problem = self._agree(self._try(lambda: self._probe(token)) if self.world.first else "")

@@ -58,11 +58,45 @@ class Slice(NamedTuple):
 
 
 class FlatState(NamedTuple):
-    """This rank's part of a run's state."""
+    """This rank's part of a run's state. Of `copies` ranks that hold the same ranges this is number `copy`."""
 
     slices: list[Slice]
     update: int  # optimizer updates made so far
-    writes: bool  # False where another rank holds the same ranges and writes them
+    copy: int = 0
+    copies: int = 1
+
+    def share(self) -> list[Slice]:
+        """What this rank writes: its part of the elements, of which each of the copies has as many."""
+        if self.copies == 1:
+            return self.slices
+        total = sum(piece.stop - piece.start for piece in self.slices)
+        first, last = (total * copy // self.copies for copy in (self.copy, self.copy + 1))
+        mine, at = [], 0
+        for piece in self.slices:
+            count = piece.stop - piece.start
+            begin, end = max(first - at, 0), min(last - at, count)
+            if begin < end:
+                tensors = Part(piece.tensors, begin, end)
+                mine.append(piece._replace(start=piece.start + begin, stop=piece.start + end, tensors=tensors))
+            at += count
+        return mine
+
+
+class Part(Mapping[str, Tensor]):
+    """Elements [begin, end) of each tensor that a slice holds, looked at when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], begin: int, end: int) -> None:
+        self.tensors = tensors
+        self.begin, self.end = begin, end
+
+    def __getitem__(self, kind: str) -> Tensor:
+        return self.tensors[kind][self.begin : self.end]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 class StateSource(Protocol):

@@ -5,7 +5,7 @@ with fp32 gradient accumulation and reduction, which it does not do by itself. T
 innermost optimizer before the update. State is read and written in place through the fragments it exposes.
 
 Stage 0 in bf16 is the exception: there DeepSpeed cannot accumulate in fp32 over bf16 parameters, so the parameters stay
-fp32 and the forward pass runs under autocast.
+fp32 and the forward pass runs under autocast, which the head leaves.
 """
 
 import io
@@ -13,8 +13,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import torch
@@ -44,16 +44,16 @@ from llmtrain.engines.base import (
     summed,
     unmarked,
 )
-from llmtrain.model.buckets import zero_buckets
+from llmtrain.model.buckets import zero_options
 from llmtrain.model.decoder import Block, Decoder
 
 
-def generated_json(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run. The user's `engine.deepspeed` keys are merged in last."""
+def generated_json(config: Config, world_size: int, device_type: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run, on "cuda" or "cpu". The user's `engine.deepspeed` is merged in last."""
     engine = config.engine
     accumulation = config.batch.accumulation(world_size)
     low_precision = engine.precision == "bf16" and engine.zero_stage > 0
-    zero: dict[str, Any] = {"stage": engine.zero_stage, **zero_buckets(config.model, engine.zero_stage)}
+    zero: dict[str, Any] = {"stage": engine.zero_stage, **zero_options(config, world_size, device_type)}
     if engine.offload.optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload.parameters:
@@ -84,7 +84,7 @@ class DeepSpeedEngine:
         self.stage = config.engine.zero_stage
         self.precision = config.engine.precision
         self.rate = LearningRate.of(config)
-        self.json = generated_json(config, world.size)
+        self.json = generated_json(config, world.size, world.device.type)
         self.details = details(config, world.device)
         self.autocast = self.stage == 0 and self.precision == "bf16"
         building: AbstractContextManager[Any] = torch.device("meta")
@@ -98,7 +98,7 @@ class DeepSpeedEngine:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         prepare_blocks(model, config, world.device)
         optimizer = build_adamw(model.named_parameters(), config.optim)
-        with redirect_stdout(io.StringIO()):  # it prints its memory use while it builds
+        with _local_rank_of(world.device), redirect_stdout(io.StringIO()):  # it prints its memory use while it builds
             self.engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.json)
         self.updates = 0
 
@@ -148,12 +148,12 @@ class DeepSpeedEngine:
         parameters = list(self.engine.module.named_parameters())
         if self.stage == 0:
             slices = [_whole(name, p, self.optimizer.state[p]) for name, p in parameters]
-            return FlatState(slices, self.updates, writes=self.world.first)
+            return FlatState(slices, self.updates, copy=self.world.rank, copies=self.world.size)
         if self.stage == 3:
             slices = [_z3_slice(name, p, self.world.rank) for name, p in parameters]
         else:
             slices = [_fragment(name, p, self.optimizer) for name, p in parameters]
-        return FlatState(slices, self.updates, writes=True)
+        return FlatState(slices, self.updates)
 
     def load(self, source: StateSource, update: int) -> None:
         if self.stage == 3:
@@ -217,6 +217,18 @@ def _import_deepspeed(world: World) -> Any:
     deepspeed.ops.__compatible_ops__ = dict.fromkeys(("deepspeed_shm_comm", "deepspeed_not_implemented"), False)
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+@contextmanager
+def _local_rank_of(device: torch.device) -> Iterator[None]:
+    """While it builds, DeepSpeed takes the GPU that LOCAL_RANK names, not so where a rank sees its own alone."""
+    local_rank = os.environ["LOCAL_RANK"]
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
 
 
 def _import_muon_uncompiled() -> None:

@@ -1,9 +1,10 @@
 """FSDP2: parameters, gradients and moments sharded over the ranks, each block gathered when it is needed.
 
-`fully_shard` per block and once for the rest; fp32 sharded parameters are the masters; compute in bf16 where asked;
-gradients are reduced in fp32 and accumulate there. With `engine.shard_ranks` the ranks form a mesh of copies, each
-sharded over so many ranks, or over those of a node (HSDP). Zhao 2023, arXiv:2304.11277, and the documentation of
-torch.distributed.fsdp.fully_shard.
+`fully_shard` for each block, for the embedding, and for the last norm and the head together. A tied head is the
+embedding's, and where every rank has a whole copy nothing is gathered: there these three are one. fp32 sharded
+parameters are the masters; compute in bf16 where asked; gradients are reduced in fp32 and accumulate there. With
+`engine.shard_ranks` the ranks form a mesh of copies, each sharded over so many ranks, or over those of a node (HSDP).
+Zhao 2023, arXiv:2304.11277, and the documentation of torch.distributed.fsdp.fully_shard.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,12 +68,19 @@ class FsdpEngine:
         compute = torch.bfloat16 if self.precision == "bf16" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         self.keeps = keeps_gathered(config)
+        in_order: list[torch.nn.Module] = [*model.blocks]
         for block in model.blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=not self.keeps)
+        if not config.model.tie_embeddings and not (self.mesh.ndim == 2 and self.mesh.size(-1) == 1):
+            fully_shard(model.embed, mesh=self.mesh, mp_policy=policy, reshard_after_forward=not self.keeps)
+            assert isinstance(model.embed, FSDPModule)
+            model.embed.set_unshard_in_backward(False)  # where a gradient goes does not depend on the rows
+            fully_shard([model.norm, model.head], mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
+            in_order = [model.embed, *model.blocks, model.norm]
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
-        for block, following in pairwise(model.blocks):  # gathered before this one's kernels are started, not after
-            assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
-            block.set_modules_to_forward_prefetch([following])
+        for part, following in pairwise(in_order):  # gathered before this one's kernels are started, not after
+            assert isinstance(part, FSDPModule) and isinstance(following, FSDPModule)
+            part.set_modules_to_forward_prefetch([following])
         self.model = model.to_empty(device=world.device)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optim, ShardedMuon)
         self.details = details(config, world.device)
@@ -129,8 +137,9 @@ class FsdpEngine:
             held = {WEIGHT: parameter, **moments(self.optimizer.state[parameter])}
             tensors = flattened(held, _local)
             slices.append(Slice(name, start, start + shape[0] * row, parameter.numel(), tensors))
-        replica = self.mesh.get_local_rank("replicate") if self.mesh.ndim == 2 else 0
-        return FlatState(slices, self.updates, writes=replica == 0)
+        if self.mesh.ndim == 1:
+            return FlatState(slices, self.updates)
+        return FlatState(slices, self.updates, self.mesh.get_local_rank("replicate"), self.mesh.size(0))
 
     def load(self, source: StateSource, update: int) -> None:
         start_moments(self.optimizer, self.model.parameters(), update)

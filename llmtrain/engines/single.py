@@ -110,7 +110,7 @@ class SingleEngine:
             held = {WEIGHT: master.detach(), **moments(self.optimizer.state[master])}
             tensors = flattened(held, lambda tensor: tensor.view(-1))
             slices.append(Slice(name, 0, master.numel(), master.numel(), tensors))
-        return FlatState(slices, self.updates, writes=True)
+        return FlatState(slices, self.updates)
 
     def load(self, source: StateSource, update: int) -> None:
         start_moments(self.optimizer, self.masters.values(), update)

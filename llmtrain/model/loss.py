@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmtrain.model.precision import autocast_falls_back, linear, needs_widening
+from llmtrain.model.precision import linear, needs_widening
 from llmtrain.model.projection import sums_in_products
 
 IGNORE = -100
@@ -42,11 +42,12 @@ class Head(nn.Module):
 
         Always fp32. "none" gives no gradients and is refused where they are wanted.
         """
-        if autocast_falls_back(hidden):
-            with torch.autocast("cpu", enabled=False):
+        device_type = hidden.device.type
+        if torch.is_autocast_enabled(device_type):  # which would round the logits, and the sums of the gradient
+            with torch.autocast(device_type, enabled=False):
                 return self.forward(hidden.bfloat16(), targets, reduction)
         if targets is None:
-            return linear(hidden, self.weight).float()
+            return linear(hidden, self.weight.to(hidden.dtype)).float()
         tokens = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
         wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         if wants_gradients:
@@ -115,7 +116,8 @@ def _chunked(
     nll = torch.empty(N, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if gradients else hidden
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if gradients else weight
-    operand = weight.to(hidden.dtype).float() if needs_widening(hidden) else weight
+    operand = weight.to(hidden.dtype)
+    operand = operand.float() if needs_widening(hidden) else operand
     size = chunk_tokens(N, V, hidden.device.type)
     for start in range(0, N, size):
         part = slice(start, start + size)

@@ -33,7 +33,7 @@ class Memory:
 def memory(config: Config, ranks: int, device: Literal["cuda", "cpu"] = "cuda") -> Memory:
     """What `config` needs on one of `ranks` ranks. Raises ConfigError as training would, where that is impossible."""
     check_ranks(config, ranks)
-    held = holdings(config, ranks)
+    held = holdings(config, ranks, device)
     work = micro_batch(config, device)
     moments_here = held.host.get("moments", 0) + held.always.get("moments", 0)
     elements = sizes(config)

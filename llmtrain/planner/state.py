@@ -14,11 +14,10 @@ Letters: P parameters, R ranks, S ranks that share one copy, c bytes of the comp
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from llmtrain.config import Config
 from llmtrain.errors import ConfigError
-from llmtrain.model.buckets import keeps_gathered, zero_buckets
+from llmtrain.model.buckets import keeps_gathered, zero_options
 from llmtrain.model.initial import is_block_matrix, parameter_shapes
 
 FP32 = 4
@@ -42,8 +41,8 @@ class Holdings:
     host: Bytes = field(default_factory=dict)
 
 
-def holdings(config: Config, ranks: int) -> Holdings:
-    """What the engine of `config` holds on one of `ranks` ranks."""
+def holdings(config: Config, ranks: int, device_type: str = "cuda") -> Holdings:
+    """What the engine of `config` holds on one of `ranks` ranks, on "cuda" or "cpu"."""
     accumulates = config.batch.accumulation(ranks) > 1
     if config.engine.kind == "single":
         return _single(config, accumulates)
@@ -56,10 +55,10 @@ def holdings(config: Config, ranks: int) -> Holdings:
     if config.engine.zero_stage == 0:
         return _zero0(config, accumulates)
     if config.engine.zero_stage == 3:
-        return _zero3(config, ranks)
+        return _zero3(config, ranks, device_type)
     if config.engine.zero_stage == 1 and config.engine.precision == "bf16" and not config.engine.offload.optimizer:
         return _zero1_bf16(config, ranks, accumulates)
-    return _zero12(config, ranks, accumulates)
+    return _zero12(config, ranks, accumulates, device_type)
 
 
 def copy_ranks(config: Config, ranks: int) -> int:
@@ -107,7 +106,10 @@ def _single(config: Config, accumulates: bool) -> Holdings:
 
 
 def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
-    """fp32 shards of every parameter along its first dimension; blocks and the rest are gathered in compute type."""
+    """fp32 shards of every parameter along its first dimension. In compute type there are, gathered, a block computed
+    with and one fetched ahead, the embedding in its turn, and norm and head while the loss is made; of a tied head
+    or whole copies all three all the time. What is reduced waits in fp32 for the next reduction.
+    """
     S = copy_ranks(config, ranks)
     c = compute_bytes(config)
     shards = {
@@ -116,24 +118,37 @@ def _fsdp(config: Config, ranks: int, accumulates: bool) -> Holdings:
     shard = sum(shards.values())
     block = S * sum(size for name, size in shards.items() if name.startswith("blocks.0."))
     blocks = block * config.model.num_layers
-    root = S * shard - blocks
-    kept = blocks if keeps_gathered(config) else 2 * block  # computed with, and fetched ahead
-    gathering = c * block if S > 1 else 0
-    reducing = FP32 * block + FP32 * block // S
+    head = config.model.vocab_size * config.model.hidden_size
+    whole = config.model.tie_embeddings or (S == 1 and ranks > 1)  # then all but the blocks is gathered as one
+    last = 0 if whole else S * (shards["norm.weight"] + shards["head.weight"])
+    first = S * shard - blocks - last
+    keeps = keeps_gathered(config)
+    copies = 2 if S > 1 else 1  # what is gathered, and what it is gathered into
+    always = first if whole or keeps else 0
+    pair = blocks if keeps else 2 * block  # computed with, and fetched ahead
+    computing = pair + (copies - 1) * block
+    heading = copies * last + (blocks if keeps else 0)
     gradients = {"gradients": FP32 * shard}
     late = config.engine.accumulation_sync == "last"  # then gradients are kept whole until the last micro-batch
     accumulated = FP32 * shard * (S if late else 1) if accumulates else 0
-    head = c * config.model.vocab_size * config.model.hidden_size
     return Holdings(
         always={"weights": FP32 * shard, "moments": kept_moment_bytes(shards, config)},
-        forward={"gradients": accumulated, "communication": c * (root + kept) + gathering},
+        forward={"gradients": accumulated, "communication": c * (always + max(computing, heading))},
         backward={
-            "gradients": accumulated + head + c * block,
-            "communication": c * (root + kept) + gathering + 2 * reducing,
+            "gradients": accumulated + (c * head if whole else 0) + c * block,
+            "communication": c * (always + computing) + _reducing(block, S) + _reducing(max(block, last), S),
         },
-        reduce={"gradients": FP32 * shard + c * root, "communication": (c + FP32) * root + FP32 * root // S},
+        reduce={
+            "gradients": FP32 * shard + c * first,
+            "communication": (c * first if whole else 0) + _reducing(first, S) + (0 if whole else FP32 * block),
+        },
         update=gradients,
     )
+
+
+def _reducing(elements: int, ranks: int) -> int:
+    """Bytes of a reduce-scatter in fp32: what goes in and what comes out."""
+    return FP32 * elements + FP32 * elements // ranks
 
 
 def _zero0(config: Config, accumulates: bool) -> Holdings:
@@ -167,9 +182,9 @@ def _zero1_bf16(config: Config, ranks: int, accumulates: bool) -> Holdings:
     )
 
 
-def _zero12(config: Config, ranks: int, accumulates: bool) -> Holdings:
+def _zero12(config: Config, ranks: int, accumulates: bool, device_type: str) -> Holdings:
     """DeepSpeedZeroOptimizer: whole weights in compute type, everything else sharded, gradients reduced in buckets."""
-    zero = _zero_options(config)
+    zero = zero_options(config, ranks, device_type)
     c = compute_bytes(config)
     groups = _groups(config)
     P = sum(sum(group.values()) for group in groups)
@@ -220,16 +235,16 @@ def _zero12(config: Config, ranks: int, accumulates: bool) -> Holdings:
     )
 
 
-def _zero3(config: Config, ranks: int) -> Holdings:
+def _zero3(config: Config, ranks: int, device_type: str) -> Holdings:
     """Everything sharded. Parameters below a threshold stay gathered, others while they are soon used again."""
-    zero = _zero_options(config)
+    zero = zero_options(config, ranks, device_type)
     c = compute_bytes(config)
     elements = sizes(config)
     parts = {name: math.ceil(n / ranks) for name, n in elements.items()}
     P, part = sum(elements.values()), sum(parts.values())
     bucket = int(zero["reduce_bucket_size"])
     small = int(zero["stage3_param_persistence_threshold"])
-    live = int(zero.get("stage3_max_live_parameters", 10**9)) + int(zero["stage3_prefetch_bucket_size"])
+    live = int(zero["stage3_max_live_parameters"]) + int(zero["stage3_prefetch_bucket_size"])
     subgroup = int(zero.get("sub_group_size", 10**9))
     persistent = sum(n for n in elements.values() if n <= small) if ranks > 1 else 0
     gathered = c * min(P - persistent, live) if ranks > 1 else 0
@@ -258,12 +273,6 @@ def _zero3(config: Config, ranks: int) -> Holdings:
         update=update,
         host=host,
     )
-
-
-def _zero_options(config: Config) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization` as the engine writes it: sizes by rule, then what the user added."""
-    options = config.engine.deepspeed.get("zero_optimization", {})
-    return {**zero_buckets(config.model, config.engine.zero_stage), **(options if isinstance(options, dict) else {})}
 
 
 def _groups(config: Config) -> list[dict[str, int]]:

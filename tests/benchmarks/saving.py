@@ -35,7 +35,7 @@ def state_of(gib: float) -> FlatState:
         Slice(f"{index}.weight", 0, count, count, {kind: torch.rand(count) for kind in (WEIGHT, EXP_AVG, EXP_AVG_SQ)})
         for index in range(SLICES)
     ]
-    return FlatState(slices, 0, writes=True)
+    return FlatState(slices, 0)
 
 
 def blocked(saver: Saver, state: FlatState, update: int) -> float:

@@ -111,6 +111,10 @@ class World:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         return replace(self, group=group, timeout_s=timeout_s)
 
+    def own_store(self) -> dist.Store:  # type: ignore[name-defined]
+        """The store where the ranks met, over a connection of its own, for another thread. Not collective."""
+        return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a small tensor over all ranks, on the CPU."""
         total = values.detach().cpu().clone()

@@ -124,7 +124,7 @@ class World:
 
     def largest(self, *values: int) -> list[int]:
         """The largest of each value over all ranks."""
-        found = torch.tensor(values)
+        found = torch.tensor(values, dtype=torch.int64)
         for child in self._children():
             found = torch.maximum(found, self._received(child, found))
         if not self.first:

@@ -7,11 +7,8 @@ thread in a collective of gloo or NCCL cannot be called back. A peer that dies w
 connection breaks, else by its silence: in the store (`llmtrain.train.pulse`) and in its file, so that neither a slow
 file system nor a slow network ends a job.
 
-The longest time without progress is `engine.timeout_s`, or `engine.start_timeout_s` until each phase was done once
-(loading, compiling), and `checkpoint.timeout_s` for a save; the pre-flight, in which all connections are made, has
-PREFLIGHT_S and PREFLIGHT_RANK_S more for each rank. A rank that trains and is silent is reported, and all have ended,
-within `engine.death_s`; one that starts may be silent as long as it may take, for loading libraries stops all threads.
-Time counts as this thread saw it pass: a job that was suspended is not ended for it.
+How long anything may take, `llmtrain.train.limits` says. Time counts as this thread saw it pass: a job that was
+suspended is not ended for it.
 """
 
 import contextlib
@@ -47,6 +44,7 @@ from llmtrain.train.failures import (
     write_heartbeat,
     write_report,
 )
+from llmtrain.train.limits import Limits
 from llmtrain.train.metrics import MetricsLog
 from llmtrain.train.pulse import Pulse
 from llmtrain.train.stacks import doing, flight_recorder, native_stacks, raised_at
@@ -54,8 +52,6 @@ from llmtrain.train.stacks import doing, flight_recorder, native_stacks, raised_
 BEATS_PER_S = 100  # of all ranks together: a shared file system bears so many writes
 GRACE_S = 2.0  # at least, for other ranks to write what they do, or to end by themselves
 LEAVE_S = 60.0  # in which a rank that failed must be gone: destroying a process group can hang
-PREFLIGHT_S, PREFLIGHT_RANK_S = 60.0, 0.25
-END_S = 120  # more than wandb and a save under way are waited for at the end
 
 
 class Call(NamedTuple):
@@ -64,36 +60,6 @@ class Call(NamedTuple):
     phase: str
     number: int
     since: float  # by the watchdog's own clock
-
-
-class Limits(NamedTuple):
-    """Longest times without progress, in seconds."""
-
-    usual: float
-    first: float  # until a phase was done once
-    save: float
-    preflight: float
-    death: float  # longest silence, the report included
-
-    @classmethod
-    def of(cls, config: Config, size: int) -> "Limits":
-        """Those of so many ranks."""
-        engine = config.engine
-        preflight = PREFLIGHT_S + PREFLIGHT_RANK_S * size
-        death = min(engine.death_s, engine.timeout_s)
-        return cls(engine.timeout_s, engine.start_timeout_s, config.checkpoint.timeout_s, preflight, death)
-
-    def of_phase(self, phase: str, known: bool) -> tuple[float, str]:
-        """The limit of a phase, and the field that sets it."""
-        if phase == "preflight":
-            return self.preflight, "the pre-flight"
-        if phase == "save":
-            return self.save, "checkpoint.timeout_s"
-        if phase == "end":
-            return self.usual + END_S, "engine.timeout_s at the end"
-        if known or self.usual >= self.first:
-            return self.usual, "engine.timeout_s"
-        return self.first, "engine.start_timeout_s"
 
 
 class Watchdog:
@@ -261,21 +227,11 @@ class Watchdog:
         sign = (self.pulse.count if self.pulse else -1, beat.count)
         if sign != self._sign[0]:
             self._sign = (sign, self.clock)
-        silence, field = self._silence(beat.phase)
+        silence, field = self.limits.of_silence(beat.phase, 2 * self.grace_s + 4 * self.tick_s)
+        if self.clock - self._answer[1] > silence / 2:  # signs come as seldom as files are written
+            silence = max(silence, 3 * self.beat_s)
         silent = beat.state == "running" and self.clock - self._sign[1] > silence
         return f"rank {rank} gave no sign for {silence:g} s ({field})" if silent else ""
-
-    def _silence(self, phase: str) -> tuple[float, str]:
-        """How long a rank in this phase may give no sign, and the field that sets it.
-
-        Of `death_s` a part is left for the report, and for the others to end. Where the store is silent too, which it
-        is with the first rank, signs come as seldom as files are written.
-        """
-        if phase in ("preflight", "start"):
-            return self.limits.of_phase(phase, known=False)
-        death = self.limits.death
-        silence = max(0.75 * death, death - 2 * self.grace_s - 2 * self.tick_s)
-        return max(silence, 3 * self.beat_s if self.clock - self._answer[1] > silence / 2 else 0.0), "engine.death_s"
 
     def _end(self, reason: str, error: BaseException | None = None) -> str:
         """Write what this rank does, and the report where no other rank does. Returns the report's summary."""

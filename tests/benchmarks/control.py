@@ -7,10 +7,10 @@ loopback. `before` is what every update did until now: two all-reduces of a numb
 `World.largest`, up a tree and down again. `after` is `StopRequest.agreed` as the loop calls it, after each of UPDATES
 updates of UPDATE_S, in which nothing is computed: most send nothing, and one in POLL_S / UPDATE_S agrees.
 
-`wall_s` is the time a rank spends there, the mean over ranks, and `cpu_s` the CPU time that its process takes for it.
-All ranks share this machine's cores, so wall times grow with the work of all ranks together: what a rank waits for where
-it has cores of its own is the CPU time of the messages on the longest path (`hops`), and `cpu_s` is its own share.
-`messages` are those that a rank sends, and receives as many, in the mean, counted where they are sent. Linux.
+`wall_s` is the time a rank spends there, `cpu_s` the CPU time that its process takes for it, `messages` how many it
+sends, counted where they are sent: means over ranks. `hops` is how many messages follow one another. A ring and a tree
+send as many in all; in the ring each waits for the one before. All ranks share this machine's cores, so here wall times
+grow with the work of all ranks together. On a rank's own core `cpu_s` is its part of an update. Linux.
 """
 
 import argparse
@@ -95,8 +95,6 @@ def rank(folder: Path) -> None:
         }
         (folder / f"{world.rank}.json").write_text(json.dumps(found))
         world.barrier()
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        (folder / f"{world.rank}.mib").write_text(str(resident // 1024))
 
 
 def measured(size: int) -> dict[str, Any]:
@@ -142,8 +140,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     asked = parser.parse_args()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     by_size = {}
     for size in asked.sizes:
         by_size[size] = measured(size)
@@ -159,11 +157,17 @@ def main() -> None:
         "update_s": UPDATE_S,
         "poll_s": POLL_S,
         "ranks": by_size,
+        **({"growth_8_to_128": _growth(by_size[8], by_size[128])} if {8, 128} <= by_size.keys() else {}),
     }
     text = json.dumps(result, indent=1)
     print(text)
     if asked.out is not None:
         asked.out.write_text(text + "\n")
+
+
+def _growth(few: dict[str, Any], many: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How many times as much it is with many ranks."""
+    return {part: {key: round(many[part][key] / few[part][key], 2) for key in few[part]} for part in few}
 
 
 def _cpu() -> str:

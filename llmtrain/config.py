@@ -338,6 +338,7 @@ class EngineConfig(Section):
         1.0, description="with compile: share of a block's activations that is kept, the cheapest are computed again"
     )
     timeout_s: PositiveInt = Field(1800, description="longest time without progress, then the job is ended")
+    death_s: int = Field(30, ge=10, description="within this a rank without a sign of life is reported, the job ended")
     meet_timeout_s: PositiveInt = Field(60, description="longest wait for all ranks to come, from the first on")
     start_timeout_s: PositiveInt = Field(1800, description="the same while starting: loading, compiling")
 

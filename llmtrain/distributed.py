@@ -3,6 +3,9 @@
 `open_world` finds rank and size by itself under `deepspeed`, `torchrun`, `srun` and plain `python`, starts the process
 group with gloo for the CPU and NCCL for GPUs, and ends it in order. Everything ranks decide together goes through
 `World`, on CPU tensors, so that control messages never queue behind a GPU's work.
+
+Agreements go up a binomial tree and down again: 2 log2 N messages one after another, and 2 a rank in the mean. gloo's
+all-reduce is a ring, with 2 (N - 1) after another; what is summed goes through it, for its order of summation is fixed.
 """
 
 import os
@@ -95,6 +98,7 @@ class World:
     device: torch.device
     local_size: int = 1  # ranks on this node
     group: dist.ProcessGroup | None = None  # the connections it uses; None: those all share
+    timeout_s: int = 1800  # longest wait for another rank
 
     @property
     def first(self) -> bool:
@@ -105,7 +109,12 @@ class World:
         """The same ranks over connections of their own, for a thread whose messages must not mix with this one's."""
         if self.size == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return replace(self, group=group, timeout_s=timeout_s)
+
+    def own_store(self) -> dist.Store:  # type: ignore[name-defined]
+        """The store where the ranks met, over a connection of its own, for another thread. Not collective."""
+        return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a small tensor over all ranks, on the CPU."""
@@ -114,13 +123,26 @@ class World:
             dist.all_reduce(total, group=self.group)
         return total
 
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
+        found = torch.tensor(values, dtype=torch.int64)
+        for child in self._children():
+            found = torch.maximum(found, self._received(child, found))
+        if not self.first:
+            parent = self.rank & (self.rank - 1)
+            self._send(parent, found)
+            found = self._received(parent, found)
+        for child in reversed(self._children()):  # the one with most ranks below it first
+            self._send(child, found)
+        return [int(value) for value in found]
+
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
-        return bool(self.sum(torch.tensor(int(flag))).item())
+        return bool(self.largest(int(flag))[0])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.sum(torch.zeros(1))
+        self.largest(0)
 
     def gather_text(self, text: str) -> list[str]:
         """One text from every rank, in rank order."""
@@ -133,6 +155,23 @@ class World:
         everyone = [torch.empty(width, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(everyone, torch.frombuffer(bytearray(data.ljust(width)), dtype=torch.uint8), group=self.group)
         return [bytes(one[: int(n)].tolist()).decode() for one, n in zip(everyone, lengths, strict=True)]
+
+    def _children(self) -> list[int]:
+        """The ranks below this one in the tree: its number with one of the zeros at its end set, the nearest first."""
+        steps = [1 << bit for bit in range((self.size - 1).bit_length())]
+        return [self.rank + step for step in steps if self.rank % (2 * step) == 0 and self.rank + step < self.size]
+
+    def _send(self, to: int, values: torch.Tensor) -> None:
+        self._finish(dist.isend(values, to, group=self.group))
+
+    def _received(self, sender: int, like: torch.Tensor) -> torch.Tensor:
+        values = torch.empty_like(like)
+        self._finish(dist.irecv(values, sender, group=self.group))
+        return values
+
+    def _finish(self, message: dist.Work | None) -> None:
+        assert message is not None  # only ranks outside of the group get none
+        message.wait(timedelta(seconds=self.timeout_s))  # unasked, gloo waits as long as for the connections
 
 
 def node_name() -> str:
@@ -154,7 +193,7 @@ def open_world(
     if place.size > 1 or collectives:
         _meet(place, device, timeout_s, meet_timeout_s, folder)
     try:
-        yield World(place.rank, place.size, place.local_rank, device, place.local_size)
+        yield World(place.rank, place.size, place.local_rank, device, place.local_size, timeout_s=timeout_s)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -16,12 +16,12 @@ def hang(update: int) -> None:
 
     agreed, made = StopRequest.agreed, 0
 
-    def heard(self: StopRequest, world: Any) -> str:
+    def heard(self: StopRequest, world: Any, due: bool = False) -> str:
         nonlocal made
         made += 1
         if made == update:
             time.sleep(3600)
-        return agreed(self, world)
+        return agreed(self, world, due)
 
     StopRequest.agreed = heard  # type: ignore[method-assign]
 

@@ -9,6 +9,7 @@ import time
 
 from llmtrain.cli import main
 from llmtrain.distributed import World
+from llmtrain.train import stop
 from llmtrain.train.stop import StopRequest
 
 PATIENCE_S = 600
@@ -16,9 +17,10 @@ PATIENCE_S = 600
 
 def hold(update: int) -> None:
     """Make this process wait when it has made so many updates."""
+    stop.POLL_S = 0.0  # the ranks agree after every update
     agreed, made = StopRequest.agreed, 0
 
-    def held(self: StopRequest, world: World) -> str:
+    def held(self: StopRequest, world: World, due: bool = False) -> str:
         nonlocal made
         made += 1
         deadline = time.monotonic() + PATIENCE_S
@@ -26,7 +28,7 @@ def hold(update: int) -> None:
             if time.monotonic() > deadline:
                 sys.exit("nobody told this job to stop")
             time.sleep(0.02)
-        return agreed(self, world)
+        return agreed(self, world, due)
 
     StopRequest.agreed = held  # type: ignore[method-assign]
 

@@ -44,7 +44,7 @@ def test_targets_are_the_next_tokens_and_an_epoch_covers_the_stream_once(data: P
     for update in range(1, count // 8 + 1):
         for batch in batches.update(update):
             assert batch.tokens.dtype == batch.targets.dtype == torch.int64
-            assert batch.num_valid == 4 * T
+            assert batch.num_valid == 4 * T and batch.all_valid
             assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
             seen += [(*row.tolist(), int(last)) for row, last in zip(batch.tokens, batch.targets[:, -1], strict=True)]
     assert sorted(seen) == sorted(tuple(stream[i * T : i * T + T + 1].tolist()) for i in range(count))
@@ -121,7 +121,7 @@ def test_documents_are_numbered_by_their_ends(tmp_path: Path) -> None:
 def test_a_batch_counts_what_is_scored(data: PreparedData) -> None:
     """Else the loss is divided by the wrong number of tokens."""
     batch = Batch(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 0]]))
-    assert batch.num_valid == 3
+    assert batch.num_valid == 3 and not batch.all_valid
     moved = batch.to("meta")
     assert moved.num_valid == 3 and moved.tokens.device.type == "meta" and moved.document_ids is None
 

@@ -1,5 +1,7 @@
 """Who am I, and do the ranks agree?"""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,35 @@ def agree() -> None:
         assert texts == ["é" * 1000 * rank + " " for rank in range(3)]
         assert world.gather_text("") == ["", "", ""]
         world.barrier()
+
+
+def agree_on_largest(output: Path) -> None:
+    """Every rank in turn has the largest value."""
+    with open_world(60, collectives=True) as world:
+        found = [world.largest(int(rank == world.rank), -world.rank - rank) for rank in range(world.size)]
+        found.append([world.any(world.rank == world.size - 1), world.any(False)])
+        world.barrier()
+        (output / f"{world.size}_{world.rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_what_one_rank_says_every_rank_hears(tmp_path: Path, count: int) -> None:
+    """A rank would go on alone while the others stop, or wait for ever."""
+    ranks.start(tmp_path / "logs", count, agree_on_largest, tmp_path).succeeded()
+    told = [json.loads((tmp_path / f"{count}_{rank}.json").read_text()) for rank in range(count)]
+    assert told == [[*([1, -rank] for rank in range(count)), [True, False]]] * count
+
+
+def hear_late(output: Path) -> None:
+    """Rank 1 comes later than the ranks were given to meet, but within the time they wait for each other."""
+    with open_world(60, collectives=True, meet_timeout_s=2) as world:
+        time.sleep(4 * world.rank)
+        world.barrier()
+
+
+def test_a_message_may_take_longer_than_the_connection(tmp_path: Path) -> None:
+    """A validation that takes two minutes on one rank would end the job."""
+    ranks.start(tmp_path / "logs", 2, hear_late, tmp_path).succeeded()
 
 
 def test_texts_of_all_ranks_are_gathered(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class Late:
         time.sleep(0.5)
         send(*given, **named).wait()
 
-    def wait(self) -> None:
+    def wait(self, timeout: object = None) -> None:
         self.thread.join()
 
 

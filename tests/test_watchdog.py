@@ -16,22 +16,25 @@ import yaml
 
 from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.config import Config
-from llmtrain.config_file import load_config
+from llmtrain.config_file import load_config, validate
 from llmtrain.distributed import World
 from llmtrain.engines.base import Engine
 from llmtrain.errors import DataError, LlmtrainError
-from llmtrain.train import average
+from llmtrain.train import average, watchdog
 from llmtrain.train.failures import Heartbeat, compose, judge, read_report, told
+from llmtrain.train.limits import Limits
 from llmtrain.train.watchdog import attempt_name
+from llmtrain.trajectory import trajectory_of
 from tests import ranks
 
 TIMEOUT_S = 4
+DEATH_S = 10
 ENDS_WITHIN_S = 90  # far more than the timeout: the machine is busy
 
 
 def disturb(how: str) -> None:
     """What happens to the rank under test, at the beginning of an update."""
-    if how in ("hold the GIL", "die"):
+    if how in ("hold the GIL", "die", "freeze"):
         time.sleep(1)  # for a heartbeat from this update
     if how == "sleep":
         time.sleep(3600)
@@ -39,6 +42,11 @@ def disturb(how: str) -> None:
         ctypes.PyDLL(None).sleep(3600)
     elif how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "lose the file system":
+        watchdog.write_heartbeat = lambda *_: None
+        time.sleep(1.5 * DEATH_S)
     elif how == "raise":
         raise ValueError("a mistake of one rank")
     elif how == "bad data":
@@ -94,6 +102,10 @@ def attempt(prepared: dict[str, Any], tmp_path: Path) -> Callable[..., tuple[lis
             running.processes[rank].join(ENDS_WITHIN_S)
             for process in running.processes:
                 process.terminate()
+        if how == "freeze":  # it cannot end itself
+            for other in {*range(count)} - {rank}:
+                running.processes[other].join(ENDS_WITHIN_S)
+            running.processes[rank].kill()
         return running.wait(ENDS_WITHIN_S), tmp_path / "run", running.text()
 
     return run
@@ -124,7 +136,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(attempt: Callable[..., Any], coun
         return
     stacks = [(run / f"failures/1/rank_{rank:05d}.txt").read_text() for rank in range(count)]
     assert ["in disturb\n" in text for text in stacks] == [rank == 1 for rank in range(count)]
-    assert "all_reduce" in stacks[0]
+    assert ("all_gather" if kind == "fsdp" else "all_reduce") in stacks[0]
 
 
 @pytest.mark.parametrize("how", ["die", "raise", "bad data"])
@@ -149,6 +161,33 @@ def test_a_rank_that_ends_alone_takes_the_others_with_it(attempt: Callable[..., 
         assert codes == [0, 0, 0], said
         assert [path.name for path in (run / "failures").iterdir()] == ["1"]
         assert not (run / "ranks").exists()
+
+
+@pytest.mark.parametrize("how", ["die", "freeze"])
+@pytest.mark.parametrize(("count", "rank", "kind"), [(2, 1, "fsdp"), (3, 2, "deepspeed"), (3, 0, "fsdp")])
+def test_a_rank_without_a_sign_is_named_while_all_others_wait_for_it(
+    attempt: Callable[..., Any], count: int, rank: int, kind: str, how: str
+) -> None:
+    """A node that died would hold hundreds of others until `timeout_s`, half an hour, and nobody would know which."""
+    codes, run, said = attempt(count, rank, 3, how, kind=kind, timeout_s=600, death_s=DEATH_S)
+    assert codes == [-signal.SIGKILL if one == rank else 4 for one in range(count)], said
+    report = report_of(run)
+    [culprit] = report["culprits"]
+    assert (culprit["rank"], culprit["host"]) == (rank, f"node{rank}")
+    assert culprit["kind"] in ("died", "silent") and "in update 3, update" in culprit["told"]
+    others = [beat for beat in report["ranks"] if beat["rank"] != rank]
+    assert all(beat["update"] == 3 and beat["phase"] == "update" for beat in others)
+    if how == "freeze":  # nothing broke: they were found waiting in the engine's own collectives
+        assert culprit["kind"] == "silent" and all(beat["waits"] for beat in others)
+        assert f"rank {rank} gave no sign for 5 s (engine.death_s)" in report["reason"]
+        assert report["bad_nodes"] == [f"node{rank}"]
+
+
+def test_a_rank_that_lives_is_not_ended_for_its_file_system(attempt: Callable[..., Any]) -> None:
+    """A disk that hangs for a minute on one node would end a job that trains well."""
+    codes, run, said = attempt(3, 1, 3, "lose the file system", timeout_s=600, death_s=DEATH_S)
+    assert codes == [0, 0, 0], said
+    assert not (run / "failures").exists()
 
 
 @pytest.mark.parametrize(
@@ -220,6 +259,48 @@ def test_the_rank_that_stands_apart_is_found(changes: dict[int, Any], found: lis
     assert len(told(report).splitlines()) == 3 + max(1, len(found)) + 4
     died = judge(beats, beats, hosts, broke=True)
     assert [one.kind for one in died] == [{"silent": "died"}.get(kind, kind) for _, kind in found]
+
+
+def test_the_pre_flight_of_a_thousand_ranks_takes_its_time(prepared: dict[str, Any]) -> None:
+    """NCCL's first connections on a large fabric would take longer than they may, at every requeue again."""
+    config = validate(prepared, "config")
+    seconds = [Limits.of(config, size).of_phase("preflight", known=False)[0] for size in (1, 8, 1024)]
+    assert seconds == [60.25, 62.0, 316.0]
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "death_s", "phase", "silence"),
+    [
+        (1800, 30, "update", (21.0, "engine.death_s")),
+        (1800, 10, "validate", (5.0, "engine.death_s")),
+        (4, 30, "update", (4, "engine.timeout_s")),
+        (100, 30, "start", (1800, "engine.start_timeout_s")),
+    ],
+)
+def test_a_silent_rank_is_given_time_by_what_it_does(
+    prepared: dict[str, Any], timeout_s: int, death_s: int, phase: str, silence: tuple[float, str]
+) -> None:
+    """Loading a library from a cold disk would end the job, or the report come after `death_s`."""
+    engine = {"kind": "fsdp", "timeout_s": timeout_s, "death_s": death_s}
+    limits = Limits.of(validate({**prepared, "engine": engine}, "config"), 8)
+    assert limits.of_silence(phase, report=9.0) == silence
+
+
+def test_another_death_s_is_no_other_run(prepared: dict[str, Any]) -> None:
+    """A run that was begun without the field, or with another value, could not be gone on with."""
+    config, other = (validate({**prepared, "engine": {"kind": "fsdp", **more}}, "c") for more in ({}, {"death_s": 10}))
+    assert (config.engine.death_s, other.engine.death_s) == (30, 10)
+    assert trajectory_of(config, "data") == trajectory_of(other, "data")
+
+
+def test_nccl_leaves_a_failure_to_the_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's own handler would abort every rank before one has written who was lost."""
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")  # what a user wants stays
+    watchdog.leave_failures_to_watchdog()
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "1"
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING")
 
 
 def test_attempts_that_left_no_row_have_reports_of_their_own(tmp_path: Path) -> None:

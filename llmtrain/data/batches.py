@@ -28,15 +28,22 @@ _Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. `num_valid` counts targets that are not IGNORE; it is counted once, where the batch is built."""
+    """One micro-batch. `num_valid` counts targets that are not IGNORE; it is counted once, where the batch is built.
+
+    `all_valid` says that no target is IGNORE, neither here nor in the micro-batch that any other rank has now: so all
+    ranks know without asking how many targets count, and none of them asks.
+    """
 
     tokens: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64
     document_ids: torch.Tensor | None = None  # (B, T) int32
     num_valid: int = -1
+    all_valid: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_valid < 0:
+        if self.all_valid:
+            object.__setattr__(self, "num_valid", self.targets.numel())
+        elif self.num_valid < 0:
             object.__setattr__(self, "num_valid", int((self.targets != IGNORE).sum()))
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -46,22 +53,23 @@ class Batch:
             self.targets.to(device, non_blocking=True),
             None if self.document_ids is None else self.document_ids.to(device, non_blocking=True),
             self.num_valid,
+            self.all_valid,
         )
 
     def pin(self) -> "Batch":
         """The batch in page-locked memory, from which a GPU copies while it computes."""
         ids = None if self.document_ids is None else self.document_ids.pin_memory()
-        return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), ids, self.num_valid)
+        return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), ids, self.num_valid, self.all_valid)
 
 
-def _batch(tokens: _Array, targets: _Array, eos_id: int | None, num_valid: int = -1) -> Batch:
+def _batch(tokens: _Array, targets: _Array, eos_id: int | None, *, all_valid: bool = False) -> Batch:
     """`eos_id` where documents are to be numbered, else None."""
     ids = None
     if eos_id is not None:
         ends = np.zeros(tokens.shape, dtype=np.int32)
         np.cumsum(tokens[:, :-1] == eos_id, axis=1, out=ends[:, 1:])
         ids = torch.from_numpy(ends)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), ids, num_valid)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), ids, all_valid=all_valid)
 
 
 class TrainBatches:
@@ -141,7 +149,7 @@ class TrainBatches:
         T = self._seq_len
         for row, sample in zip(rows, ids.tolist(), strict=True):
             self._tokens.read_into(row, sample * T)
-        batch = _batch(rows[:, :-1].copy(), rows[:, 1:].copy(), self._eos_id, num_valid=len(ids) * T)
+        batch = _batch(rows[:, :-1].copy(), rows[:, 1:].copy(), self._eos_id, all_valid=True)
         return batch.pin() if self._pin else batch
 
 

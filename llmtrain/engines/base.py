@@ -291,5 +291,11 @@ def summed(world: World, value: Tensor) -> Tensor:
 
 
 def count_valid(world: World, micro_batches: Sequence[Batch]) -> int:
-    """Valid tokens of the whole global batch: all ranks, all micro-batches. At least 1."""
-    return max(1, int(world.sum(torch.tensor(sum(batch.num_valid for batch in micro_batches))).item()))
+    """Valid tokens of the whole global batch: all ranks, all micro-batches. At least 1.
+
+    No message is sent where every batch is known to be valid on every rank, as those of training are.
+    """
+    own = sum(batch.num_valid for batch in micro_batches)
+    if all(batch.all_valid for batch in micro_batches):
+        return max(1, own * world.size)
+    return max(1, int(world.sum(torch.tensor(own)).item()))

@@ -163,7 +163,7 @@ def _random(config: Config, world: World) -> Generator[list[Batch], None, None]:
         tokens = torch.randint(
             config.model.vocab_size, (config.batch.accumulation(world.size), *shape), generator=generator
         )
-        yield [Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+        yield [Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), all_valid=True) for t in tokens]
 
 
 def _updates(

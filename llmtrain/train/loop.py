@@ -55,13 +55,15 @@ class Trainer:
         for k, micro_batches in enumerate(self.batches.iterate(first, last), start=first):
             stats = self.engine.train_step(micro_batches, self.schedule(k), self.decay(k))
             late.made(k, stats)
-            if k == last or self.due(self.config.validation.every, k):
+            validates = k == last or self.due(self.config.validation.every, k)
+            if validates:
                 late.flush()
                 self.validate(k)
-            reason = self.stop.agreed(self.engine.world)
-            must = k == last or bool(reason)
             permanent = k == last or self.due(self.config.checkpoint.every, k)
-            if must or permanent or self.due(self.config.checkpoint.ephemeral, k):
+            saves = permanent or self.due(self.config.checkpoint.ephemeral, k)
+            reason = self.stop.agreed(self.engine.world, due=validates or saves)
+            must = k == last or bool(reason)
+            if must or saves:
                 late.flush()
                 self.save(k, must=must, ephemeral=not permanent)
             if must:
@@ -71,9 +73,7 @@ class Trainer:
 
     def due(self, every: Length | None, k: int) -> bool:
         """Whether something done `every` so often is done after update k."""
-        if every is None:
-            return False
-        return k % every.updates(self.config.batch.tokens, self.schedule.total_updates) == 0
+        return every is not None and k % every.updates(self.config.batch.tokens, self.schedule.total_updates) == 0
 
     def tokens(self, k: int) -> int:
         """Tokens consumed through update k."""

@@ -37,7 +37,7 @@ from llmtrain.train.start import Start, begin
 from llmtrain.train.stop import StopRequest
 from llmtrain.train.throughput import peak_flops
 from llmtrain.train.wandb_mirror import WandbMirror
-from llmtrain.train.watchdog import Watchdog, group_timeout_s
+from llmtrain.train.watchdog import Watchdog, group_timeout_s, leave_failures_to_watchdog
 from llmtrain.trajectory import trajectory_of
 
 
@@ -58,6 +58,7 @@ def train(
     leg = _checked(
         config, prepare_command, resume, change, stop or StopRequest(Path(config.run.dir), config.run.max_minutes)
     )
+    leave_failures_to_watchdog()
     with open_world(
         group_timeout_s(config),
         collectives=config.engine.kind != "single",

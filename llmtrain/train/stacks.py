@@ -17,7 +17,11 @@ PY_SPY_S = 20
 
 _PACKAGE = str(Path(llmtrain.__file__).parent) + os.sep
 _WATCHDOG = str(Path(__file__).with_name("watchdog.py"))
-_COLLECTIVES = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}")
+# Where a thread waits for other ranks. One that waits for its GPU (`Event.synchronize`) waits for what NCCL does there.
+_COLLECTIVES = tuple(
+    part.replace("/", os.sep)
+    for part in ("/torch/distributed/", "/torch/cuda/streams.py", "/deepspeed/", "/llmtrain/distributed.py")
+)
 
 
 def doing(main: int) -> tuple[str, bool]:

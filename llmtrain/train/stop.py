@@ -2,7 +2,9 @@
 
 On SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, when a file `stop` appears in the run folder, when the wall-clock budget is used
 up, or when the time limit of the job is near. Here that only raises a flag; the ranks agree on it between updates, save
-at the same update, and end. No torch here: the door listens before it loads torch, which takes long.
+at the same update, and end. They do not ask each other after every update: after so many as take POLL_S, which the
+first rank measures and tells the others where they agree. No torch here: the door listens before it loads torch, which
+takes long.
 """
 
 import signal
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # what a scheduler announces the end with
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *USER_SIGNALS)
+POLL_S = 2.0  # between two agreements, where an update is shorter: of a preempted job's 30 s the save needs the most
 
 
 class StopRequest:
@@ -36,6 +39,9 @@ class StopRequest:
         self.reason = ""
         self.asked_at: float | None = None  # the last update's end
         self.slowest_s = 0.0  # from one update's end to the next
+        self._every = 1  # updates between agreements, the same on every rank
+        self._since = 0  # updates made since the last one
+        self._polled_at: float | None = None
 
     @contextmanager
     def listening(self, numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
@@ -49,12 +55,19 @@ class StopRequest:
                     # None stands for a handler that Python cannot put back: one set by a library in C.
                     signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def agreed(self, world: "World") -> str:
-        """The reason to stop after this update, the same on every rank; empty to go on."""
+    def agreed(self, world: "World", due: bool = False) -> str:
+        """The reason to stop after this update, the same on every rank; empty to go on.
+
+        To be called after every update. The ranks ask each other where it is `due`, which must be the same on every
+        rank, and where enough updates were made since they did; else no message is sent.
+        """
         now = time.monotonic()
         if self.asked_at is not None:
             self.slowest_s = max(self.slowest_s, now - self.asked_at)
         self.asked_at = now
+        self._since += 1
+        if world.size > 1 and not due and self._since < self._every:
+            return ""
         if not self.reason and world.first:
             if self.file.exists():
                 self.reason = f"the file {self.file} exists"
@@ -62,9 +75,20 @@ class StopRequest:
                 self.reason = "run.max_minutes is used up"
             elif self.job_deadline is not None and now > self.job_deadline:
                 self.reason = "the job's time limit is near"
-        if not world.any(bool(self.reason)):
+        mine = self._next_poll(now) if world.first else 0
+        stops, self._every = world.largest(bool(self.reason), mine)
+        self._since = 0
+        if not stops:
             return ""
         return next(reason for reason in world.gather_text(self.reason) if reason)
+
+    def _next_poll(self, now: float) -> int:
+        """After how many updates to agree again, from how long those since the last time took."""
+        every = 1
+        if self._polled_at is not None and now > self._polled_at:
+            every = max(1, int(POLL_S * self._since / (now - self._polled_at)))
+        self._polled_at = now
+        return every
 
     def clear(self) -> None:
         """Remove the stop file, so that the next start goes on."""

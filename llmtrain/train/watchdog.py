@@ -4,10 +4,10 @@ A thread of each rank writes its heartbeat and looks at three things: how long t
 the next rank still lives, and whether some rank has begun to report a failure. Where something is wrong it writes this
 rank's stacks, one rank writes the report (`llmtrain.train.failures`), and the process ends hard with exit code 4: a
 thread in a collective of gloo or NCCL cannot be called back. A peer that dies without a word is found at once where the
-connection breaks, else by its silence.
+connection breaks, else by its silence: in the store (`llmtrain.train.pulse`) and in its file, so that neither a slow
+file system nor a slow network ends a job.
 
-The longest time without progress is `engine.timeout_s`, or `engine.start_timeout_s` until each phase was done once
-(loading, compiling), and `checkpoint.timeout_s` for a save. Time counts as this thread saw it pass: a job that was
+How long anything may take, `llmtrain.train.limits` says. Time counts as this thread saw it pass: a job that was
 suspended is not ended for it.
 """
 
@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -43,14 +44,14 @@ from llmtrain.train.failures import (
     write_heartbeat,
     write_report,
 )
+from llmtrain.train.limits import Limits
 from llmtrain.train.metrics import MetricsLog
+from llmtrain.train.pulse import Pulse
 from llmtrain.train.stacks import doing, flight_recorder, native_stacks, raised_at
 
 BEATS_PER_S = 100  # of all ranks together: a shared file system bears so many writes
 GRACE_S = 2.0  # at least, for other ranks to write what they do, or to end by themselves
 LEAVE_S = 60.0  # in which a rank that failed must be gone: destroying a process group can hang
-PREFLIGHT_S = 60
-END_S = 120  # more than wandb and a save under way are waited for at the end
 
 
 class Call(NamedTuple):
@@ -61,30 +62,6 @@ class Call(NamedTuple):
     since: float  # by the watchdog's own clock
 
 
-class Limits(NamedTuple):
-    """Longest times without progress, in seconds."""
-
-    usual: float
-    first: float  # until a phase was done once
-    save: float
-
-    @classmethod
-    def of(cls, config: Config) -> "Limits":
-        return cls(config.engine.timeout_s, config.engine.start_timeout_s, config.checkpoint.timeout_s)
-
-    def of_phase(self, phase: str, known: bool) -> tuple[float, str]:
-        """The limit of a phase, and the field that sets it."""
-        if phase == "preflight":
-            return PREFLIGHT_S, "the pre-flight"
-        if phase == "save":
-            return self.save, "checkpoint.timeout_s"
-        if phase == "end":
-            return self.usual + END_S, "engine.timeout_s at the end"
-        if known or self.usual >= self.first:
-            return self.usual, "engine.timeout_s"
-        return self.first, "engine.start_timeout_s"
-
-
 class Watchdog:
     """Watches one rank for the length of a `with` block. `update` is the update being made, or made last."""
 
@@ -92,19 +69,24 @@ class Watchdog:
         """Collective: all ranks learn which attempt this is."""
         self.run_dir = Path(config.run.dir)
         self.rank, self.size = world.rank, world.size
-        self.limits = Limits.of(config)
+        self.limits = Limits.of(config, world.size)
         shared = world.gather_text(f"{node_name()}\n{attempt_name(self.run_dir) if world.first else ''}")
         self.hosts = [text.split("\n")[0] for text in shared]
         self.attempt, self.job = shared[0].split("\n")[1:]
         self.folder = self.run_dir / FAILURES / self.attempt
-        self.beat_s = max(min(1.0, self.limits.usual / 20), self.size / BEATS_PER_S)
-        self.grace_s = max(GRACE_S, 2.5 * self.beat_s)  # srun and torchrun end all 30 s after the first
+        self.tick_s = min(1.0, self.limits.usual / 20, self.limits.death / 20)
+        self.beat_s = max(self.tick_s, self.size / BEATS_PER_S)
+        self.pulse = Pulse(world.own_store(), self.job, self.rank, self.size, self.tick_s) if self.size > 1 else None
         self.update = 0
         self.clock = 0.0
         self.call = Call("preflight", 0, 0.0)
         self._known = {"loop"}
         self._beats = 0
-        self._neighbour: tuple[int, float] = (-1, 0.0)  # its last beat, and when that was new
+        self._beat_at = 0.0  # when files are written and read again
+        self._next: Heartbeat | None = None  # of the next rank, when it was last read
+        self._sign: tuple[tuple[int, int], float] = ((-1, -1), 0.0)  # its last in the store and its file; since when
+        self._answer: tuple[int, float] = (0, 0.0)  # the last of the store, and since when
+        self._reported = False  # some rank has begun to report
         self._called_at: float | None = None  # when trouble elsewhere was first seen
         self._leave_by: float | None = None
         self._exit_code = RankError.exit_code
@@ -118,8 +100,16 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         heartbeat_path(self.run_dir, self.rank).parent.mkdir(parents=True, exist_ok=True)
         self._beat("running")
+        if self.pulse is not None:
+            self.pulse.__enter__()
         self._thread.start()
         return self
+
+    @property
+    def grace_s(self) -> float:
+        """How long a rank is waited for that is to give a sign. srun and torchrun end all 30 s after the first."""
+        heard = self.pulse is not None and self.clock - self._answer[1] < 5 * self.pulse.every_s
+        return max(GRACE_S, 2.5 * (self.pulse.every_s if heard and self.pulse else self.beat_s))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Raises RankError where the error is that another rank was lost."""
@@ -178,21 +168,29 @@ class Watchdog:
     def _stop(self) -> None:
         self._over.set()
         self._thread.join()
+        if self.pulse is not None:
+            self.pulse.__exit__()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         before = time.monotonic()
-        while not self._over.wait(self.beat_s):
+        while not self._over.wait(self.tick_s):
             now = time.monotonic()
-            self.clock += min(now - before, 3 * self.beat_s)
+            self.clock += min(now - before, 3 * self.tick_s)
             before = now
+            if self.pulse is not None and self.pulse.answers != self._answer[0]:
+                self._answer = (self.pulse.answers, self.clock)
             if self.size > 1:  # ends this process where this thread cannot: one that holds the GIL, a dead file system
                 faulthandler.dump_traceback_later(self._limit()[0] + 3 * self.grace_s, exit=True, file=2)
             if self._leave_by is not None:
                 if self.clock > self._leave_by:
                     os._exit(self._exit_code)
                 continue
-            self._beat("running")
+            if self.clock >= self._beat_at:
+                self._beat_at = self.clock + self.beat_s - self.tick_s / 2
+                self._beat("running")
+                self._next = read_heartbeat(self.run_dir, (self.rank + 1) % self.size, self.job)
+                self._reported = self.folder.is_dir()
             reason = self._trouble()
             if reason:
                 self._end(reason)
@@ -209,7 +207,8 @@ class Watchdog:
             return f"no progress for {limit:g} s ({field}) in update {self.update}, {call.phase}"
         if self.size == 1:
             return ""
-        why = "another rank ended it" if self.folder.is_dir() else self._neighbours_trouble()
+        called = self._reported or (self.pulse is not None and self.pulse.called)
+        why = "another rank ended it" if called else self._neighbours_trouble()
         if not why:
             self._called_at = None
             return ""
@@ -219,18 +218,20 @@ class Watchdog:
 
     def _neighbours_trouble(self) -> str:
         """What is wrong with the next rank: it failed and this one waits for it, or it is silent."""
-        rank = (self.rank + 1) % self.size
-        beat = read_heartbeat(self.run_dir, rank, self.job)
+        beat, rank = self._next, (self.rank + 1) % self.size
         if beat is None:
             return ""
         if beat.state == "failed" and doing(self._main)[1]:
             self._exit_code = beat.exit_code if beat.exit_code > 1 else RankError.exit_code
             return f"rank {rank} failed"
-        if beat.count != self._neighbour[0]:
-            self._neighbour = (beat.count, self.clock)
-        silent_s = max(self.limits.usual, 10 * self.beat_s)
-        silent = beat.state == "running" and self.clock - self._neighbour[1] > silent_s
-        return f"rank {rank} gave no sign for {silent_s:g} s" if silent else ""
+        sign = (self.pulse.count if self.pulse else -1, beat.count)
+        if sign != self._sign[0]:
+            self._sign = (sign, self.clock)
+        silence, field = self.limits.of_silence(beat.phase, 2 * self.grace_s + 4 * self.tick_s)
+        if self.clock - self._answer[1] > silence / 2:  # signs come as seldom as files are written
+            silence = max(silence, 3 * self.beat_s)
+        silent = beat.state == "running" and self.clock - self._sign[1] > silence
+        return f"rank {rank} gave no sign for {silence:g} s ({field})" if silent else ""
 
     def _end(self, reason: str, error: BaseException | None = None) -> str:
         """Write what this rank does, and the report where no other rank does. Returns the report's summary."""
@@ -238,7 +239,9 @@ class Watchdog:
             time.sleep(LEAVE_S)
             return reason
         reports = self._claim()
-        before = [read_heartbeat(self.run_dir, rank, self.job) for rank in range(self.size)] if reports else []
+        if reports and self.pulse is not None:
+            self.pulse.call()
+        before, counts = self._signs() if reports else ([], None)
         self._beat("stopped", error)
         with contextlib.suppress(OSError):
             self._dump(reason, error)
@@ -248,12 +251,19 @@ class Watchdog:
             time.sleep(0.05)
             report = read_report(self.folder)
         if reports:
-            after = [read_heartbeat(self.run_dir, rank, self.job) for rank in range(self.size)]
+            after, counts_after = self._signs()
+            if counts is not None and counts_after is not None:
+                before, after = _counted(before, counts), _counted(after, counts_after)
             report = compose(self.attempt, reason, judge(before, after, self.hosts, broke=error is not None), after)
             with contextlib.suppress(OSError):
                 write_report(self.folder, report)
             print(f"{told(report)}stacks: {self.folder}", file=sys.stderr, flush=True)
         return f"{summary(report) if report else reason}\nThe stacks of all ranks are in {self.folder}"
+
+    def _signs(self) -> tuple[list[Heartbeat | None], list[int] | None]:
+        """The heartbeats of all ranks, and their numbers in the store where it tells them."""
+        counts = self.pulse.everyone(GRACE_S / 2) if self.pulse is not None else None
+        return [read_heartbeat(self.run_dir, rank, self.job) for rank in range(self.size)], counts
 
     def _claim(self) -> bool:
         """Whether this rank is the one to write the report: the one that makes the folder, which calls the others."""
@@ -305,6 +315,23 @@ class Watchdog:
             file.write(native_stacks())
         if recorded := flight_recorder():
             path.with_suffix(".collectives.json").write_text(recorded)
+
+
+def _counted(beats: Sequence[Heartbeat | None], counts: Sequence[int]) -> list[Heartbeat | None]:
+    """Heartbeats whose number grows with each sign, in the file or in the store."""
+    pairs = zip(beats, counts, strict=True)
+    return [None if beat is None else replace(beat, count=beat.count + count) for beat, count in pairs]
+
+
+def leave_failures_to_watchdog() -> None:
+    """Keep NCCL from ending this process before the report is written. To be called before its groups are made.
+
+    On a broken connection torch's handler of NCCL errors aborts the process at once, and its monitor does after 8
+    minutes in which its own thread was kept, less than `engine.timeout_s`. Without them a rank waits in its collective
+    until the watchdog ends it. What a user has set stays. Only training has a watchdog: other commands keep both.
+    """
+    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
+        os.environ.setdefault(name, "0")
 
 
 def group_timeout_s(config: Config) -> int:

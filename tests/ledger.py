@@ -259,7 +259,7 @@ def kept_for_backward(config: Config) -> tuple[int, int]:
     with torch.device("meta"):
         model = Decoder(config.model)
     model = model.to_empty(device="cpu")
-    prepare_blocks(model, config)
+    prepare_blocks(model, config, torch.device("cpu"))
     tokens = torch.zeros((micro, seq_len), dtype=torch.long)
     with mock.patch("torch.nn.functional.rms_norm", KeepsItsInput.apply):
         model(tokens, tokens)  # makes the tables of the rotary embedding

@@ -131,6 +131,7 @@ def _chunked(
         skip = ignored[part].unsqueeze(1)  # (C, 1)
         grad_hidden[part] = (gradient @ operand).masked_fill_(skip, 0)
         _add_product(grad_weight, gradient.t(), h.masked_fill(skip, 0))
+        del logits, gradient  # they would wait beside the next chunk's
     return nll.masked_fill_(ignored, 0), grad_hidden, grad_weight
 
 

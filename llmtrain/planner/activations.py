@@ -47,7 +47,7 @@ def micro_batch(config: Config, device: str = "cuda") -> MicroBatch:
     return MicroBatch(
         forward={
             "activations": kept + inputs + n * ((r + 2 * c) * D + FP32),
-            "logits": logits_bytes(n, chunk, V, multiplied),
+            "logits": logits_bytes(chunk, V, multiplied),
             "workspace": rope + 2 * FP32 * V * D,
         },
         backward={"activations": kept + inputs, "workspace": rope + going_back},
@@ -121,14 +121,13 @@ def sums_in_products(config: Config) -> bool:
     return engine.kind == "single" and engine.precision == "bf16" and engine.fp8 == "none" and accumulates
 
 
-def logits_bytes(tokens: int, chunk: int, vocab_size: int, c: int) -> int:
+def logits_bytes(chunk: int, vocab_size: int, c: int) -> int:
     """Everything of the shape of a chunk's logits that is there at once.
 
-    Logits and their log-softmax in fp32, and that rounded to what is multiplied. From the second chunk on the last
-    one's logits and gradient wait while the next logits are made. The head leaves autocast: it is as in bf16.
+    Logits and their softmax in fp32, and that rounded to what is multiplied. Nothing is left when the next chunk
+    begins. The head leaves autocast: it is as in bf16.
     """
-    rounded = c if c < FP32 else 0
-    return chunk * vocab_size * max(2 * FP32 + rounded, 2 * FP32 + c if chunk < tokens else 0)
+    return chunk * vocab_size * (2 * FP32 + (c if c < FP32 else 0))
 
 
 def chunk_tokens(tokens: int, vocab_size: int, device: str) -> int:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.arrival import await_all, launchers_store
+from llmtrain.descriptors import raise_limit
 from llmtrain.errors import EnvironmentError
 from llmtrain.heap import keep_freed_memory
 from llmtrain.rendezvous import meet
@@ -149,6 +150,7 @@ def open_world(
     `meet_timeout_s`, naming those that did not come.
     """
     place = find_place(os.environ)
+    raise_limit()
     device = _device(place)
     if place.size > 1 or collectives:
         _meet(place, device, timeout_s, meet_timeout_s, folder)

@@ -15,7 +15,7 @@ FLOORS = [
     {"units", "presets"},
     {"config"},
     {"config_file", "trajectory"},
-    {"rendezvous", "arrival", "heap"},
+    {"rendezvous", "arrival", "heap", "descriptors"},
     {"schedules", "distributed"},
     {"data", "model"},
     {"engines", "planner"},

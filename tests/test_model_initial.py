@@ -50,7 +50,7 @@ def test_a_thread_that_fails_is_heard():
     """A run would start from memory that nobody has filled."""
     frozen = np.zeros(SIZE, dtype=np.float32)
     frozen.flags.writeable = False
-    with pytest.raises(ValueError, match="read-only|writable|writeable"):
+    with pytest.raises(ValueError, match=r"read-only|writable|writeable"):
         draw_initial(frozen, CONFIG, "embed.weight", 0, 7, threads=2)
 
 

@@ -1,6 +1,6 @@
 """How fast are initial values drawn? Prints one JSON object; `--out FILE` keeps it.
 
-    python -m tests.benchmarks.drawing --threads 1 2 --out tests/benchmarks/results/drawing.json
+    python -m tests.benchmarks.drawing --threads 1 2 --millions 60 --rounds 6 --out tests/benchmarks/results/drawing.json
 
 Numbers a second into memory of the host that was touched before, by so many threads, in the order of the model's
 parameters (`--millions` of them, of `llama-7b`); `fill` beside it writes a constant into the same memory by as many
@@ -82,7 +82,8 @@ def main() -> None:
     result = {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)},
         "versions": {"numpy": np.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "command": f"python -m tests.benchmarks.drawing --threads {' '.join(map(str, asked.threads))}",
+        "command": f"python -m tests.benchmarks.drawing --threads {' '.join(map(str, asked.threads))} "
+        f"--millions {asked.millions} --rounds {asked.rounds}",
         "threads": measure(ModelConfig(preset="llama-7b"), asked.millions * 10**6, asked.threads, asked.rounds),
     }
     text = json.dumps(result, indent=1)

@@ -1,6 +1,6 @@
 """How fast are initial values drawn? Prints one JSON object; `--out FILE` keeps it.
 
-    python -m tests.benchmarks.drawing --threads 1 2 --millions 60 --rounds 6 --out tests/benchmarks/results/drawing.json
+    python -m tests.benchmarks.drawing --threads 1 2 --out tests/benchmarks/results/drawing.json
 
 Numbers a second into memory of the host that was touched before, by so many threads, in the order of the model's
 parameters (`--millions` of them, of `llama-7b`); `fill` beside it writes a constant into the same memory by as many
@@ -75,8 +75,8 @@ def measure(config: ModelConfig, numbers: int, threads: list[int], rounds: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
-    parser.add_argument("--millions", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--millions", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     result = {

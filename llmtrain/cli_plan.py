@@ -1,6 +1,7 @@
 """`llmtrain plan`: what a run costs and whether it fits, before it starts. No torch, no GPU, so it answers at once."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,16 @@ def plan(
         list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override, for example batch.micro=2.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks, one a GPU.")] = 1,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="Such as h100, h200, a100, a100-40gb, b200.")] = "h100",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Such as h100, a100-40gb, b200; any other with --gpu-memory. [h100 without both]"
+        ),
+    ] = None,
     gpu_memory: Annotated[float | None, typer.Option(metavar="GIB", help="Of one GPU, instead of its own.")] = None,
+    gpu_peak: Annotated[
+        float | None, typer.Option(metavar="TFLOPS", help="Dense bf16 TFLOP/s of one GPU, instead of its own.")
+    ] = None,
     mfu: Annotated[float | None, typer.Option(help="Model FLOPs utilisation, 0 to 1. [0.4, assumed]")] = None,
     measured: Annotated[
         Path | None, typer.Option(metavar="RUN|FILE", help="Take the MFU of a run folder or of a benchmark's JSON.")
@@ -38,11 +47,17 @@ def plan(
     from llmtrain.planner.measured import read_mfu
     from llmtrain.planner.plan import make_plan
 
-    _check(mfu, measured, tokens_per_second, gpu_memory, disk_bandwidth)
+    _check(mfu, measured, tokens_per_second, gpu_memory, gpu_peak, disk_bandwidth)
+    card = find_gpu(gpu, gpu_memory, gpu_peak)
+    if card.bf16_flops is None and (mfu is not None or measured is not None):
+        raise typer.BadParameter(
+            f"an MFU is a part of a peak, and that of {card.name} is not known: give --gpu-peak (dense bf16, TFLOP/s), "
+            "or --tokens-per-second instead of the MFU"
+        )
     made = make_plan(
         load_config(config, overrides),
         gpus,
-        find_gpu(gpu, gpu_memory),
+        card,
         mfu=mfu if measured is None else read_mfu(measured),
         tokens_per_second=tokens_per_second,
         bandwidth=disk_bandwidth * 1e9,
@@ -62,15 +77,21 @@ def facts(made: "Plan") -> dict[str, Any]:
 
 
 def _check(
-    mfu: float | None, measured: Path | None, tokens: float | None, memory: float | None, bandwidth: float
+    mfu: float | None,
+    measured: Path | None,
+    tokens: float | None,
+    memory: float | None,
+    peak: float | None,
+    bandwidth: float,
 ) -> None:
     if sum(source is not None for source in (mfu, measured, tokens)) > 1:
         raise typer.BadParameter("give one of --mfu, --measured and --tokens-per-second")
     if mfu is not None and not 0 < mfu <= 1:
         raise typer.BadParameter(f"--mfu {mfu} is not above 0 and at most 1: 0.4 is 40 %")
-    for name, value in (("gpu-memory", memory), ("tokens-per-second", tokens), ("disk-bandwidth", bandwidth)):
-        if value is not None and value <= 0:
-            raise typer.BadParameter(f"--{name} {value} must be above 0")
+    given = {"gpu-memory": memory, "gpu-peak": peak, "tokens-per-second": tokens, "disk-bandwidth": bandwidth}
+    for name, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise typer.BadParameter(f"--{name} {value} must be a number above 0")
 
 
 def _print(made: "Plan") -> None:
@@ -130,7 +151,10 @@ def _costs(made: "Plan") -> list[str]:
         f"updates, {tokens:,} tokens, {tokens * made.flops_per_token:.3g} FLOP",
     ]
     if pace is None:
-        lines.append("no time: the rate of this GPU is not known; give --tokens-per-second")
+        lines.append(
+            f"no time: the peak of {made.gpu.name} is not known; give --gpu-peak (dense bf16, TFLOP/s) or "
+            "--tokens-per-second"
+        )
     else:
         reached = "" if pace.mfu is None else f", MFU {pace.mfu:.1%}"
         lines.append(

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.arrival import await_all, launchers_store
+from llmtrain.descriptors import raise_limit
 from llmtrain.device import choose_gpu, host_threads, require_no_gpus_given, usable_cores
 from llmtrain.errors import EnvironmentError
 from llmtrain.heap import keep_freed_memory
@@ -189,6 +190,7 @@ def open_world(
     `meet_timeout_s`, naming those that did not come.
     """
     place = find_place(os.environ)
+    raise_limit()
     device = _device(place)
     if place.size > 1 or collectives:
         _meet(place, device, timeout_s, meet_timeout_s, folder)

@@ -92,6 +92,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "manifest of nothing": ("manifest.json", lambda path: path.write_text('{"files": []}'), "does not list"),
     "no state": ("state.json", Path.unlink, "is missing"),
     "changed state": ("state.json", flip, "its hash differs"),
+    "no index": ("index.json", Path.unlink, "is missing"),
+    "changed index": ("index.json", flip, "its hash differs"),
 }
 
 

@@ -1,12 +1,16 @@
 """Token files, manifests and prepared folders. `write_folder` makes a folder of given tokens without a tokenizer."""
 
 import io
+import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmtrain.data.dataset import PreparedData, file_hash, open_data
+from llmtrain.data.dataset import PreparedData, file_hash, open_data, open_unchecked
 from llmtrain.data.manifest import Baseline, Manifest, Split, load_manifest, tokens_hash
 from llmtrain.data.shards import HEADER, TokenFile, token_dtype, write_shard
 from llmtrain.errors import DataError
@@ -171,12 +175,65 @@ def test_a_vocabulary_larger_than_the_models_is_refused(data: PreparedData) -> N
         data.manifest.require_fits(99)
 
 
-def test_a_set_of_many_shards_opens_within_few_files(tmp_path: Path) -> None:
+def test_a_set_of_many_shards_opens_within_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a set of thousands of shards runs out of file descriptors."""
+    monkeypatch.setattr("llmtrain.data.shards.limit", lambda: 1024)
     data = write_folder(tmp_path, [np.array([i % 100]) for i in range(1500)], np.arange(5))
     data = open_data(tmp_path)
     assert data.train.read(0, 1500).tolist() == [i % 100 for i in range(1500)]
     assert len(list(Path("/proc/self/fd").iterdir())) < 400
+
+
+def test_a_shard_that_was_not_looked_at_is_checked_when_it_is_first_read(data: PreparedData) -> None:
+    """Else a rank that leaves a file to others trains on what another preparation left in its place."""
+    _overwrite(data.path / "train-000002.bin", 32, bytes(32))
+    lazy = open_unchecked(data.path, COMMAND)
+    assert lazy.train.read(0, 40).tolist() == list(range(3, 43))
+    with pytest.raises(DataError, match=rf"train-000002.bin: tokenizer hash is 0000.*{COMMAND}"):
+        lazy.train.read(40, 10)
+
+
+@pytest.mark.parametrize("most", [0, 1, 10])
+def test_ranks_together_look_at_every_file_once(data: PreparedData, most: int) -> None:
+    """Else a file that is cut short, or not there, is met by a rank after hours of training."""
+    ranks = 3
+    assert sum(open_unchecked(data.path).check(rank, ranks, most) for rank in range(ranks)) == 4
+    whole = {path: path.read_bytes() for path in data.path.glob("*.bin")}
+    assert len(whole) == 4
+    for path, content in whole.items():
+        for damage in (lambda: path.write_bytes(content[:-1]), path.unlink):  # noqa: B023 - called in this turn
+            damage()
+            refused = 0
+            for rank in range(ranks):
+                try:
+                    open_unchecked(data.path, COMMAND).check(rank, ranks, most)
+                except DataError as error:
+                    assert str(path) in str(error) and COMMAND in str(error)
+                    refused += 1
+            assert refused == 1
+        path.write_bytes(content)
+
+
+def test_two_copies_of_a_folder_are_two(data: PreparedData, tmp_path: Path) -> None:
+    """Else nodes with copies of their own would each look at a part of them, and miss what is damaged in the rest."""
+    copy = tmp_path / "copy"
+    shutil.copytree(data.path, copy)
+    assert data.identity() == open_unchecked(data.path).identity() != open_unchecked(copy).identity()
+
+
+def test_a_process_may_open_what_the_system_lets_it() -> None:
+    """Else a rank among a thousand runs out of connections at the limit a shell starts it with."""
+    code = "from llmtrain.descriptors import limit, raise_limit; raise_limit(); print(limit())"
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower = min(256, hard)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard)),
+    )
+    assert int(done.stdout) == hard
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:

@@ -248,6 +248,9 @@ def holes(folder: Path, model: ModelConfig) -> Path:
     state = json.loads((path / "state.json").read_text())
     state["trajectory"]["model"] = model.model_dump(mode="json", exclude={"preset"})
     (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = [entry for entry in manifest["files"] if entry["file"] != "index.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
     return path
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"units", "presets"},
     {"config"},
     {"config_file", "trajectory"},
-    {"rendezvous", "arrival", "heap", "device"},
+    {"rendezvous", "arrival", "heap", "descriptors", "device"},
     {"schedules", "distributed"},
     {"data", "model"},
     {"engines", "planner"},

@@ -5,11 +5,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.config import ModelConfig
-from llmtrain.model.initial import CHUNK, initial_slice, parameter_shapes
+from llmtrain.config import Config, ModelConfig
+from llmtrain.model.initial import CHUNK, draw_initial, initial_slice, parameter_shapes
+from llmtrain.train import start
 
 CONFIG = ModelConfig(
     hidden_size=96, num_layers=2, num_heads=4, ffn_size=256, vocab_size=CHUNK // 40, max_seq_len=64, init_std=0.02
@@ -32,6 +34,24 @@ def test_slices_together_are_the_whole(cuts):
     edges = [0, *sorted(cuts), SIZE]
     parts = [initial_slice(CONFIG, "embed.weight", a, b, seed=7) for a, b in pairwise(edges)]
     assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, SIZE), st.integers(0, SIZE), st.integers(2, 5))
+def test_threads_change_no_bit(one, other, threads):
+    """A run would depend on the number of cores of the machine it was started on."""
+    start, stop = sorted((one, other))
+    drawn = np.full(stop - start, np.nan, dtype=np.float32)
+    draw_initial(drawn, CONFIG, "embed.weight", start, 7, threads)
+    assert drawn.tobytes() == initial_slice(CONFIG, "embed.weight", start, stop, seed=7).tobytes()
+
+
+def test_a_thread_that_fails_is_heard():
+    """A run would start from memory that nobody has filled."""
+    frozen = np.zeros(SIZE, dtype=np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match=r"read-only|writable|writeable"):
+        draw_initial(frozen, CONFIG, "embed.weight", 0, 7, threads=2)
 
 
 def test_values_are_pinned():
@@ -74,3 +94,28 @@ def test_a_range_outside_the_parameter_is_refused(start, stop):
     """A wrong shard boundary would go unnoticed."""
     with pytest.raises(AssertionError, match=r"norm.weight: \["):
         initial_slice(CONFIG, "norm.weight", start, stop, seed=1)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_engine_gets_the_same_values_by_any_way(step, monkeypatch):
+    """A run on a GPU, whose weights go by way of a buffer, would start elsewhere than the same run on a CPU."""
+    monkeypatch.setattr(start, "BUFFER", CHUNK // 2 + 1)
+    config = Config.model_validate(
+        {
+            "run": {"name": "t", "dir": "t", "seed": 7},
+            "model": CONFIG.model_dump(),
+            "data": {"path": "d", "tokenizer": {"kind": "sentencepiece", "vocab_size": CONFIG.vocab_size}},
+            "batch": {"global_sequences": 1, "micro": 1, "seq_len": 64},
+            "schedule": {"name": "constant", "peak": 1e-3, "horizon": "1 steps"},
+        }
+    )
+    source = start.InitialValues(config, threads=2)
+    begin, stop = 5, SIZE - 3
+    out = torch.full((step * (stop - begin),), torch.nan)[::step]
+    with torch.no_grad():
+        source.read_into(out, "embed.weight", "weight", begin)
+    wanted = initial_slice(CONFIG, "embed.weight", begin, stop, seed=7)
+    assert out.contiguous().numpy().tobytes() == wanted.tobytes()
+    assert source.read("embed.weight", "weight", begin, stop).numpy().tobytes() == wanted.tobytes()
+    source.read_into(out, "embed.weight", "exp_avg", begin)
+    assert not out.any()

@@ -131,7 +131,7 @@ def test_the_manifest_is_uploaded_last(store: ObjectStore, tmp_path: Path, monke
 
     monkeypatch.setattr(Place, "deliver", watch)
     filled("s3://bucket/run", tmp_path / "staging", 10)
-    assert delivered == [(RANK_0, False), ("state.json", False), ("manifest.json", False)]
+    assert delivered == [(RANK_0, False), ("index.json", False), ("state.json", False), ("manifest.json", False)]
 
 
 def elsewhere(environment: dict[str, str], words: list[str]) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -191,10 +192,61 @@ def test_gpus_are_as_fast_as_training_says() -> None:
     )
 
 
+def plan_of(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """What the command says of the 7B config, as JSON."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config", str(CONFIGS / "7b_cosine.yaml"), "--gpus", "8", "--json", *words])
+    assert ended.value.code == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_any_card_is_planned_by_memory_and_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who owns a card that is not listed would get no plan, or that of another card."""
+    peak = {"bf16_flops": 165.2e12}
+    card = plan_of(capsys, "--gpu", "rtx4090", "--gpu-memory", "23.5", "--gpu-peak", "165.2")
+    assert card["gpu"].items() >= {"name": "rtx4090", "memory": int(23.5 * 2**30), **peak}.items()
+    assert card["pace"]["mfu"] == pytest.approx(0.4)
+    assert card["pace"]["tokens_per_second"] == pytest.approx(8 * 0.4 * 165.2e12 / card["flops_per_token"])
+    known = plan_of(capsys, "--gpu", "h100", "--gpu-peak", "165.2")
+    assert known["gpu"].items() >= {"name": "h100", "memory": 79 * 2**30, **peak}.items()
+
+
+def test_no_rate_is_made_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """A card would be planned at the speed of another one."""
+    for words, name in ((["--gpu-memory", "64"], "64 GiB GPU"), (["--gpu", "mine", "--gpu-memory", "64"], "mine")):
+        card = plan_of(capsys, *words)
+        assert card["gpu"].items() >= {"name": name, "memory": 64 * 2**30, "bf16_flops": None}.items()
+        assert card["pace"] is None
+        paced = plan_of(capsys, *words, "--tokens-per-second", "1000")["pace"]
+        assert (paced["tokens_per_second"], paced["mfu"]) == (8000, None)
+    assert plan_of(capsys)["gpu"]["name"] == "h100"
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(CONFIGS / "7b_cosine.yaml"), "--gpus", "8", "--gpu-memory", "64"])
+    assert "no time: the peak of 64 GiB GPU is not known; give --gpu-peak" in capsys.readouterr().out
+
+
+def test_the_advice_for_an_unknown_card_works(capsys: pytest.CaptureFixture[str]) -> None:
+    """A user would follow an error's advice and get the same error."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config", str(CONFIGS / "7b_cosine.yaml"), "--gpu", "rtx4090"])
+    assert ended.value.code == 2
+    advice = " ".join(capsys.readouterr().err.split())
+    assert "--gpu-memory in GiB" in advice
+    offered = {"--gpu-peak": "165", "--tokens-per-second": "1000"}
+    for flag, value in offered.items():
+        assert flag in advice
+        assert plan_of(capsys, "--gpu", "rtx4090", "--gpu-memory", "24", flag, value)["pace"] is not None
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
         (["--gpu", "h10O"], 'did you mean "h100"?'),
+        (["--gpu-peak", "100"], "Give its --gpu-memory in GiB too"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan must be a number above 0"),
+        (["--gpu-peak", "0"], "--gpu-peak 0.0 must be a number above 0"),
+        (["--gpu-memory", "64", "--mfu", "0.5"], "that of 64 GiB GPU is not known: give --gpu-peak"),
         (["--gpus", "7"], "do not divide into micro-batches of 4 on 7 ranks"),
         (["--gpus", "2", "--set", "engine.kind=single"], 'engine.kind "single" runs on one rank'),
         (["--gpus", "8", "--set", "engine.kind=fsdp", "--set", "engine.shard_ranks=3"], "does not divide the 8 ranks"),

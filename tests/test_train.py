@@ -18,6 +18,7 @@ from llmtrain.cli import main
 from llmtrain.config_file import load_config
 from llmtrain.data.dataset import open_data
 from llmtrain.errors import CheckpointError, DataError, DivergenceError
+from llmtrain.train.attempts import read_attempts
 from llmtrain.train.metrics import DOCUMENTS_FILE, read_metrics
 from llmtrain.train.saved import evaluate_run
 from tests import ranks
@@ -206,6 +207,9 @@ def test_a_run_stopped_at_its_last_update_is_validated_when_it_is_started_again(
     for _ in range(2):
         leg("run", 1, "run.stop_at=6 steps", arguments=("--resume", "must")).succeeded()
         assert [row["step"] for row in read_metrics(tmp_path / "run") if row["kind"] == "validation"] == [6]
+    starts = [row for row in read_attempts(tmp_path / "run") if row["event"] == "started"]
+    assert [(row["token_files"], row["index_files"]) for row in starts] == [(4, 0), (4, 2), (4, 2)]
+    assert starts[0]["index_bytes"] == 0 < starts[1]["index_bytes"] == starts[2]["index_bytes"]
 
 
 def test_validation_keeps_what_each_document_cost(leg: Leg, prepared: dict[str, Any], tmp_path: Path) -> None:

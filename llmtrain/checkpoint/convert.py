@@ -15,9 +15,10 @@ from torch import Tensor
 
 from llmtrain.checkpoint.files import PIECE, write_file, write_safetensors
 from llmtrain.checkpoint.flat import EMA, RANK_FILE, FlatReader
+from llmtrain.checkpoint.index import INDEX
 from llmtrain.checkpoint.inspect import locate
 from llmtrain.checkpoint.places import STATE, Place, step_of
-from llmtrain.checkpoint.store import CheckpointStore, fingerprint
+from llmtrain.checkpoint.store import CheckpointStore, fingerprint, index_of, rank_entry
 from llmtrain.distributed import World
 from llmtrain.engines.base import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from llmtrain.errors import CheckpointError
@@ -63,10 +64,11 @@ def _publish(
     for rank in range(ranks):
         path = place.workspace(name) / RANK_FILE.format(rank)
         _write(path, reader, rank, ranks, wrote)
-        entries.append(_delivered(place, name, path))
-    path = place.workspace(name) / STATE
-    write_file(path, state)
-    entries.append(_delivered(place, name, path))
+        entries.append(_delivered(place, name, path, rank_entry(path)))
+    for file, content in ((INDEX, index_of(entries)), (STATE, state)):
+        path = place.workspace(name) / file
+        write_file(path, content)
+        entries.append(_delivered(place, name, path, fingerprint(path)))
     place.publish(name, {"files": entries, "ephemeral": False})
     if place.listing().published[0] == name:
         place.point_to(name)
@@ -74,7 +76,7 @@ def _publish(
 
 def _write(path: Path, reader: FlatReader, rank: int, ranks: int, wrote: Callable[[int], None]) -> None:
     """One rank's file: of every tensor the equal part that is its own."""
-    own = reader.metadata[rank] if rank < len(reader.metadata) else {}
+    own = reader.metadata(rank)
     parts: dict[str, tuple[str, str, int, int]] = {}
     for name in sorted(reader.names()):
         for kind in _KINDS:
@@ -94,9 +96,8 @@ def _write(path: Path, reader: FlatReader, rank: int, ranks: int, wrote: Callabl
     write_safetensors(path, torch.float32, shapes, pieces, own)
 
 
-def _delivered(place: Place, name: str, path: Path) -> dict[str, Any]:
+def _delivered(place: Place, name: str, path: Path, entry: dict[str, Any]) -> dict[str, Any]:
     """Bring a written file to the store, where it no longer takes room here. Returns its entry in the manifest."""
-    entry = fingerprint(path)
     place.deliver(name, path.name)
     if not place.on_disk:
         path.unlink()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmtrain.checkpoint.index import Key, Layout, layout_of
 from llmtrain.checkpoint.places import Place
 from llmtrain.engines.base import FlatState
 from llmtrain.errors import CheckpointError
@@ -43,66 +44,79 @@ def write_rank_file(path: Path, state: FlatState, metadata: dict[str, str] | Non
         raise OSError(f"{path}: {error}") from error
 
 
-class _Piece(NamedTuple):
-    start: int
-    stop: int
-    file: str
-    at: int  # byte of the file where its first element lies
-
-
 class Header(NamedTuple):
     """What a rank file holds."""
 
-    pieces: dict[tuple[str, str], list[_Piece]]  # by kind and parameter
+    pieces: dict[Key, list[tuple[int, int, int]]]  # start, elements, and the byte of the file's data where they lie
     metadata: dict[str, str]
+    begin: int  # byte of the file where its data begins: as long is what says what the file holds
 
 
 class FlatReader:
-    """Reads any range of any flattened tensor from the rank files of one checkpoint."""
+    """Reads any range of any flattened tensor from the rank files of one checkpoint.
 
-    def __init__(self, place: Place, files: Sequence[str]) -> None:
+    With `layout` and `begins`, the byte where the data of each file begins, no file is opened before something of it is
+    read. Without, as for a checkpoint that has no index, every file is asked what it holds. `opened` and
+    `header_bytes` count what was read to know where things lie: files, and their bytes.
+    """
+
+    def __init__(
+        self, place: Place, files: Sequence[str], layout: Layout | None = None, begins: Sequence[int] = ()
+    ) -> None:
         self.place = place
         self.files = files
-        self.metadata: list[dict[str, str]] = []  # of every rank
-        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
-        for file in files:
-            header = read_header(place, file)
-            self.metadata.append(header.metadata)
-            for key, pieces in header.pieces.items():
-                self._pieces.setdefault(key, []).extend(pieces)
-        for pieces in self._pieces.values():
-            pieces.sort()
+        self.opened = self.header_bytes = 0
+        self._metadata: dict[int, dict[str, str]] = {}  # of each rank that was asked for
+        if layout is None:
+            headers = [self._header(rank) for rank in range(len(files))]
+            layout, begins = layout_of([header.pieces for header in headers]), [header.begin for header in headers]
+        self._layout, self._begins = layout, begins
 
     def names(self) -> set[str]:
         """The parameters the checkpoint holds."""
-        return {name for _, name in self._pieces}
+        return {name for _, name in self._layout}
 
     def numel(self, name: str, kind: str) -> int:
         """Elements of one flattened tensor; 0 where the checkpoint does not hold it."""
-        return max((piece.stop for piece in self._pieces.get((kind, name), [])), default=0)
+        return max((run.stop for run in self._layout.get((kind, name), [])), default=0)
+
+    def metadata(self, rank: int) -> dict[str, str]:
+        """What a rank wrote beside its slices; nothing for a rank that there was not."""
+        if rank not in self._metadata and rank < len(self.files):
+            self._header(rank)
+        return self._metadata.get(rank, {})
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop), 1-D fp32. Raises CheckpointError where the files do not hold them all."""
         out = np.empty(stop - start, np.float32)
-        pieces = self._pieces.get((kind, name), [])
+        runs = self._layout.get((kind, name), [])
         at = start
-        index = max(0, bisect_right(pieces, start, key=lambda piece: piece.start) - 1)
         while at < stop:
-            if index >= len(pieces) or not pieces[index].start <= at < pieces[index].stop:
+            index = bisect_right(runs, at, key=lambda run: run.start) - 1
+            if index < 0 or at >= runs[index].stop:
                 raise CheckpointError(
                     f"{self.place.url}/{Path(self.files[0]).parent} does not hold elements {at} to {stop} of {kind} of "
                     f"{name}: it was saved from another model, or files are missing"
                 )
-            piece = pieces[index]
-            end = min(stop, piece.stop)
-            first = piece.at + 4 * (at - piece.start)
+            run = runs[index]
+            piece, within = divmod(at - run.start, run.length)
+            end = min(stop, at - within + run.length)
+            file = run.file + piece
+            first = self._begins[file] + run.at + 4 * within
             try:
-                data = self.place.read(piece.file, first, first + 4 * (end - at))
+                data = self.place.read(self.files[file], first, first + 4 * (end - at))
                 out[at - start : end - start] = np.frombuffer(data, "<f4")
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"{self.place.where(piece.file)} cannot be read: {error}") from None
-            at, index = end, index + 1
+                raise CheckpointError(f"{self.place.where(self.files[file])} cannot be read: {error}") from None
+            at = end
         return torch.from_numpy(out)
+
+    def _header(self, rank: int) -> Header:
+        header = read_header(self.place, self.files[rank])
+        self.opened += 1
+        self.header_bytes += header.begin
+        self._metadata[rank] = header.metadata
+        return header
 
 
 def read_header(place: Place, file: str) -> Header:
@@ -116,16 +130,15 @@ def read_header(place: Place, file: str) -> Header:
             raise ValueError("its header is longer than the file")
         entries = json.loads(place.read(file, 8, 8 + length))
         metadata = entries.pop("__metadata__", {})
-        pieces: dict[tuple[str, str], list[_Piece]] = {}
+        pieces: dict[Key, list[tuple[int, int, int]]] = {}
         for key, entry in entries.items():
             kind, name, start = key.split("/")
             if entry["dtype"] != "F32":
                 raise CheckpointError(
                     f"{Path(file).name} holds {kind} of {name} as {entry['dtype']}: state below fp32 cannot be resumed"
                 )
-            stop = int(start) + int(entry["shape"][0])
-            piece = _Piece(int(start), stop, file, 8 + length + int(entry["data_offsets"][0]))
+            piece = int(start), int(entry["shape"][0]), int(entry["data_offsets"][0])
             pieces.setdefault((kind, name), []).append(piece)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{place.where(file)} is not a readable rank file: {error}") from None
-    return Header(pieces, metadata)
+    return Header(pieces, metadata, 8 + length)

@@ -15,6 +15,7 @@ import numpy as np
 
 from llmtrain.checkpoint.files import PIECE
 from llmtrain.checkpoint.flat import EMA, FlatReader
+from llmtrain.checkpoint.index import INDEX
 from llmtrain.checkpoint.places import MANIFEST, STATE, Place, name_of, step_of
 from llmtrain.checkpoint.store import Checkpoint, file_fault, manifest_entries, open_checkpoint
 from llmtrain.config import Config, content_hash
@@ -90,14 +91,16 @@ def check_run(run_dir: Path, step: int | None, on_hashed: Callable[[int, int], N
     done, total = 0, sum(int(entry["bytes"]) for entries, _ in manifests.values() for entry in entries)
     for name, (entries, fault) in manifests.items():
         told = [fault] if fault else []
+        whole_files = set()
         for entry in entries:
             fault = file_fault(place, name, entry)
             told += [fault] if fault else []
+            whole_files |= set() if fault else {entry["file"]}
             done += int(entry["bytes"])
             on_hashed(done, total)
         state = _json(place, f"{name}/{STATE}")
         odd = [] if state is None else _foreign(config, name, state)
-        if state is not None and not odd and entries and len(told) == len(entries):
+        if state is not None and not odd and entries and whole_files <= {INDEX}:  # which runs of one layout share
             told = [f"{MANIFEST} is of another checkpoint: no file is what it says", *told]
         faults += [Fault(name, text) for text in [*told, *odd]]
         if state is not None and not told and not odd:
@@ -129,7 +132,8 @@ def diff(a: Checkpoint, b: Checkpoint) -> tuple[list[tuple[str, Any, Any]], list
     """How `b` differs from `a`: values of state.json by dotted name, ranks whose generators differ, and tensors."""
     rows = differences(a.state, b.state)
     if len(a.reader.files) == len(b.reader.files):
-        for rank, (one, other) in enumerate(zip(a.reader.metadata, b.reader.metadata, strict=True)):
+        for rank in range(len(a.reader.files)):
+            one, other = a.reader.metadata(rank), b.reader.metadata(rank)
             odd = [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
             rows += [(f"rank {rank}, {key}", content_hash(one.get(key)), content_hash(other.get(key))) for key in odd]
     names = sorted(a.reader.names() | b.reader.names())

@@ -1,9 +1,10 @@
 """Which checkpoints does a run have, and which of them can be trusted?
 
-A checkpoint is a folder `step_00001000/`: the ranks' files, `state.json`, and `manifest.json` with the size and hash of
-each. `llmtrain.checkpoint.places` knows how one is published whole, or not at all. So a folder that carries the final
-name is whole, unless the disk lied, and that the hashes tell. One that is not whole is passed over, and set aside as
-`.broken` at the next save, so that it neither stands in the way of a new one nor counts among those kept. Every method
+A checkpoint is a folder `step_00001000/`: the ranks' files, `index.json`, which says what each of them holds,
+`state.json`, and `manifest.json` with the size and hash of each. `llmtrain.checkpoint.places` knows how one is
+published whole, or not at all. So a folder that carries the final name is whole, unless the disk lied, and that the
+hashes tell. One that is not whole is passed over, and set aside as `.broken` at the next save, so that it neither
+stands in the way of a new one nor counts among those kept. A checkpoint without an index is read too. Every method
 is collective.
 """
 
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from llmtrain.checkpoint.files import write_file
 from llmtrain.checkpoint.flat import RANK_FILE, FlatReader, read_header, write_rank_file
+from llmtrain.checkpoint.index import INDEX, index_bytes, layout_of, packed, read_index, unpacked
 from llmtrain.checkpoint.places import LATEST, MANIFEST, STATE, Place, name_of, step_of, sync_file, write_json
 from llmtrain.distributed import World
 from llmtrain.engines.base import FlatState
@@ -206,14 +209,16 @@ class CheckpointStore:
             path.parent.mkdir(parents=True, exist_ok=True)  # the staging folder of another node
             write_rank_file(path, flat, metadata)
             sync_file(path)
-            written.append(fingerprint(path))
+            written.append(rank_entry(path))
             self.place.deliver(name, file)
 
         def publish() -> None:
-            state_file = self.place.workspace(name) / STATE
-            write_json(state_file, state)
-            self.place.deliver(name, STATE)
-            files = [*entries, fingerprint(state_file)]
+            workspace = self.place.workspace(name)
+            write_file(workspace / INDEX, index_of(entries))
+            write_json(workspace / STATE, state)
+            for beside in (INDEX, STATE):
+                self.place.deliver(name, beside)
+            files = [*entries, *(fingerprint(workspace / beside) for beside in (INDEX, STATE))]
             self.place.publish(name, {"files": files, "ephemeral": ephemeral})
 
         problem = self._agree(self._try(write_mine))
@@ -303,8 +308,23 @@ def open_checkpoint(folder: Place | Path | str, name: str | None = None) -> Chec
         raise CheckpointError(f"{where}: {STATE} is not readable: {error}") from None
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{where} has format {state.get('format')}, this version reads {FORMAT}")
-    files = [f"{name}/{entry['file']}" for entry in entries if _is_rank_file(entry)]
-    return Checkpoint(where, state, FlatReader(place, files))
+    return Checkpoint(where, state, _reader(place, name, entries))
+
+
+def _reader(place: Place, name: str, entries: Sequence[dict[str, Any]]) -> FlatReader:
+    """The reader of a checkpoint's tensors, by its index where it has one."""
+    ranks = [entry for entry in entries if _is_rank_file(entry)]
+    files = [f"{name}/{entry['file']}" for entry in ranks]
+    begins = [entry["header"] for entry in ranks if isinstance(entry.get("header"), int)]
+    if len(begins) < len(ranks) or not any(entry["file"] == INDEX for entry in entries):
+        return FlatReader(place, files)
+    try:
+        content = place.read(f"{name}/{INDEX}")
+        reader = FlatReader(place, files, read_index(content, len(files)), begins)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place.where(name)}: {INDEX} is not readable: {error}") from None
+    reader.opened, reader.header_bytes = 1, len(content)
+    return reader
 
 
 def manifest_entries(place: Place, name: str) -> tuple[list[dict[str, Any]], str]:
@@ -346,6 +366,23 @@ def file_fault(place: Place, name: str, entry: dict[str, Any]) -> str:
     except CheckpointError as error:
         return str(error)
     return ""
+
+
+def rank_entry(path: Path) -> dict[str, Any]:
+    """A rank file's entry in the manifest, which also says how long its header is, and what `index_of` takes out.
+
+    Raises OSError where the disk does not give back what was written.
+    """
+    try:
+        header = read_header(Place(path.parent), path.name)
+    except CheckpointError as error:
+        raise OSError(str(error)) from error
+    return {**fingerprint(path), "header": header.begin, "pieces": packed(header.pieces)}
+
+
+def index_of(entries: Sequence[dict[str, Any]]) -> bytes:
+    """The content of `index.json`, from the ranks' entries in order; takes out of each what only this needs."""
+    return index_bytes(layout_of(unpacked(entry.pop("pieces")) for entry in entries))
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

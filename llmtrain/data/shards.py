@@ -12,7 +12,7 @@ import hashlib
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
+from llmtrain.descriptors import limit
 from llmtrain.errors import DataError
 
 Tokens = npt.NDArray[np.integer]
@@ -29,7 +30,7 @@ Tokens = npt.NDArray[np.integer]
 MAGIC = b"LLMTRAIN"
 VERSION = 1
 HEADER = struct.Struct("<8sIIIIQ32s")
-_OPEN_MAPS = 256  # a mapping holds a file descriptor, and a large set has more shards than a process may open
+_MOST_MAPS = 2**14  # of a stream at once; Linux gives a process 65,530 mappings
 
 
 class Shard(BaseModel):
@@ -119,14 +120,27 @@ def check_shard(path: Path, shard: Shard, *, vocab_size: int, tokenizer_hash: st
 
 
 class TokenFile:
-    """One split of a prepared folder: a stream of tokens over its shards, read where it lies."""
+    """One split of a prepared folder: a stream of tokens over its shards, read where it lies.
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype[np.integer]) -> None:
+    A shard is opened when it is first read, and compared by `check` with what the manifest says; those read last stay
+    mapped. A mapping holds a file descriptor, and a large set may have more shards than a process may open files: a
+    quarter of these is what a stream keeps.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        dtype: np.dtype[np.integer],
+        check: Callable[[Path, Shard], None] | None = None,
+    ) -> None:
         self.paths = [folder / shard.file for shard in shards]
         self.dtype = dtype
         self._shards = list(shards)
         self._begins = [0, *accumulate(shard.tokens for shard in shards)]  # of each shard, and the end of the last
-        self._map = functools.lru_cache(maxsize=_OPEN_MAPS)(self._open_map)
+        self._check = check
+        self._checked: set[int] = set()
+        self._map = functools.lru_cache(maxsize=max(16, min(limit() // 4, _MOST_MAPS)))(self._open_map)
 
     def __len__(self) -> int:
         return self._begins[-1]
@@ -166,7 +180,30 @@ class TokenFile:
             if digest.hexdigest() != shard.hash:
                 raise DataError(f"token file {path}: hash is {digest.hexdigest()}, wanted {shard.hash}. {remedy}")
 
+    def check(self, rank: int, ranks: int, most: int) -> int:
+        """Compare rank `rank`'s share of the shards, of `ranks` that share them, with the manifest. Returns how many.
+
+        Every shard is there and of its size; of the first `most` the header is read, of the others when they are first
+        read. Raises DataError naming what differs.
+        """
+        assert self._check is not None, "this stream was made without a manifest"
+        share = range(rank, len(self._shards), ranks)
+        for index in share[:most]:
+            self._check(self.paths[index], self._shards[index])
+            self._checked.add(index)
+        for index in share[most:]:
+            try:
+                size = self.paths[index].stat().st_size
+            except OSError:
+                size = -1
+            if size != self._shards[index].bytes:
+                self._check(self.paths[index], self._shards[index])
+        return len(share)
+
     def _open_map(self, index: int) -> Tokens:
+        if self._check is not None and index not in self._checked:
+            self._check(self.paths[index], self._shards[index])
+            self._checked.add(index)
         shape = (self._shards[index].tokens,)
         mapped = np.memmap(self.paths[index], dtype=self.dtype, mode="r", offset=HEADER.size, shape=shape)
         return mapped.view(np.ndarray)  # every slice of a memmap would be one, which costs more than to read it

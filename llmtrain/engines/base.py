@@ -9,7 +9,7 @@ one checkpoint serves every engine on any number of ranks.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -104,6 +104,15 @@ class StateSource(Protocol):
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of one flattened tensor, 1-D fp32 on the CPU."""
+        ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A StateSource that writes into the memory it is given, so that nothing is made twice."""
+
+    def read_into(self, out: Tensor, name: str, kind: str, start: int) -> None:
+        """Fill `out`, 1-D fp32 on any device, with the elements of one flattened tensor from `start` on."""
         ...
 
 
@@ -237,7 +246,10 @@ def fill(slices: Sequence[Slice], source: StateSource) -> None:
         for piece in slices:
             kept = piece.tensors.kept if isinstance(piece.tensors, Unpacked) else piece.tensors
             for kind, one in kept.items():
-                one.copy_(source.read(piece.name, kind, piece.start, piece.stop))
+                if isinstance(source, Writer) and isinstance(one, Tensor) and one.dtype == torch.float32:
+                    source.read_into(one, piece.name, kind, piece.start)
+                else:
+                    one.copy_(source.read(piece.name, kind, piece.start, piece.stop))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Norms start at 1. All else is normal with `init_std`. The two projections that w
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,22 +50,54 @@ def is_block_matrix(name: str) -> bool:
 
 def initial_slice(config: ModelConfig, name: str, start: int, stop: int, seed: int) -> NDArray[np.float32]:
     """Elements [start, stop) of the flattened parameter `name` at the start of a run."""
-    size = math.prod(parameter_shapes(config)[name])
-    assert 0 <= start <= stop <= size, f"{name}: [{start}, {stop}) of {size}"
+    _require_range(config, name, start, stop)
+    out = np.empty(stop - start, dtype=np.float32)
+    draw_initial(out, config, name, start, seed)
+    return out
+
+
+def draw_initial(
+    out: NDArray[np.float32], config: ModelConfig, name: str, start: int, seed: int, threads: int = 1
+) -> None:
+    """Fill `out`, contiguous and of one dimension, with the elements of `name` from `start` on.
+
+    Numbers are drawn where they are to lie, by so many threads at once: each chunk has a generator of its own, and
+    NumPy lets other threads run while it draws. Their number changes no bit.
+    """
+    stop = start + len(out)
+    _require_range(config, name, start, stop)
     if name.endswith("norm.weight"):
-        return np.ones(stop - start, dtype=np.float32)
+        out.fill(1.0)
+        return
     std = config.init_std
     if name.endswith(("attention.wo.weight", "ffn.w_down.weight")):
         std /= math.sqrt(2 * config.num_layers)
-    out = np.empty(stop - start, dtype=np.float32)
-    for chunk in range(start // CHUNK, -(-stop // CHUNK)):
+    scale = np.float32(std)
+
+    def draw(chunk: int) -> None:
         origin = chunk * CHUNK
         begin, end = max(start, origin), min(stop, origin + CHUNK)
-        # Drawn from the chunk's start to the end wanted: the numbers of a chunk come in order.
-        drawn = _generator(seed, name, chunk).standard_normal(end - origin, dtype=np.float32)
-        out[begin - start : end - start] = drawn[begin - origin :]
-    out *= np.float32(std)
-    return out
+        wanted = out[begin - start : end - start]
+        generator = _generator(seed, name, chunk)
+        if begin == origin:
+            generator.standard_normal(out=wanted, dtype=np.float32)
+        else:  # the numbers of a chunk come in order, so those before the range are drawn too
+            wanted[:] = generator.standard_normal(end - origin, dtype=np.float32)[begin - origin :]
+        wanted *= scale
+
+    chunks = range(start // CHUNK, -(-stop // CHUNK))
+    if threads == 1 or len(chunks) <= 1:
+        for chunk in chunks:
+            draw(chunk)
+        return
+    with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
+        for _ in pool.map(draw, chunks):
+            pass  # what a thread raised is raised here
+
+
+def _require_range(config: ModelConfig, name: str, start: int, stop: int) -> None:
+    size = math.prod(parameter_shapes(config)[name])
+    assert 0 <= start <= stop <= size, f"{name}: [{start}, {stop}) of {size}"
 
 
 def _generator(seed: int, name: str, chunk: int) -> np.random.Generator:

@@ -49,12 +49,24 @@ GPUS = {
 }
 
 
-def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
-    """The GPU called `name`, with another memory where one is given. Raises ConfigError naming the nearest."""
-    gpu = GPUS.get(name.lower())
-    if gpu is None:
+def find_gpu(name: str | None, memory_gib: float | None = None, peak_tflops: float | None = None) -> Gpu:
+    """The GPU of a plan: one that is known, by name, or any by its memory and, where time is asked for, its peak.
+
+    The peak is dense bf16, in TFLOP/s. What is given wins over what is known of `name`. Without a name and a memory it
+    is an h100. Raises ConfigError where the memory is not known, naming the nearest card.
+    """
+    if name is None and memory_gib is None:
+        if peak_tflops is not None:
+            raise ConfigError("--gpu-peak is that of which card? Give its --gpu-memory in GiB too, or --gpu NAME")
+        return GPUS["h100"]
+    known = None if name is None else GPUS.get(name.lower())
+    if known is None and memory_gib is None:
         raise ConfigError(
-            f'--gpu "{name}" is not known{did_you_mean(name.lower(), GPUS)}; for another one give --gpu-memory in GiB '
-            "and the rate it reaches by --tokens-per-second"
+            f'--gpu "{name}" is not known{did_you_mean((name or "").lower(), GPUS)}; any other card is planned by '
+            "--gpu-memory in GiB, and in time by --gpu-peak (dense bf16, TFLOP/s) or --tokens-per-second"
         )
-    return gpu if memory_gib is None else Gpu(gpu.name, int(memory_gib * GIB), gpu.bf16_flops)
+    return Gpu(
+        known.name if known else name or f"{memory_gib:g} GiB GPU",
+        known.memory if memory_gib is None and known else int((memory_gib or 0) * GIB),
+        peak_tflops * 1e12 if peak_tflops is not None else known.bf16_flops if known else None,
+    )

@@ -1,6 +1,7 @@
 """What became of each start of a run? `attempts.jsonl`, append-only, has a row for each start and each end.
 
-`started`: attempt, time (Unix, s), Slurm's job and restart, hosts, ranks, the update gone on from. `ended`: outcome
+`started`: attempt, time (Unix, s), Slurm's job and restart, hosts, ranks, the update gone on from, and what the first
+rank looked at to know where things lie: token files, files of the checkpoint and their bytes. `ended`: outcome
 (finished, stopped or failed), reason, update, slowest_s (longest time from one update to the next, validation and all)
 and save_s (of the last checkpoint). A start without an end was killed, or still runs. No torch here.
 """

@@ -2,9 +2,9 @@
 
 from llmtrain.config import Config
 from llmtrain.data.batches import TrainBatches, ValidationSet
-from llmtrain.data.dataset import PreparedData, open_data
+from llmtrain.data.dataset import PreparedData, open_unchecked
 from llmtrain.data.order import START, Consumed, Order
-from llmtrain.distributed import World
+from llmtrain.distributed import World, node_name
 from llmtrain.errors import ConfigError, DataError
 
 
@@ -12,6 +12,25 @@ def check_data(config: Config, data: PreparedData) -> None:
     """Raise where the data does not fit the model."""
     data.manifest.require_fits(config.model.vocab_size)
     data.num_samples(config.batch.seq_len)
+
+
+def check_together(data: PreparedData, world: World) -> int:
+    """Compare the token files with the manifest before any is read. Collective. Returns how many this rank looked at.
+
+    Ranks that see one folder share its files, so that all ranks together open each once; a copy on the disk of a node
+    is shared by that node's. Raises DataError, the same on every rank.
+    """
+    identity = data.identity()
+    alike = [rank for rank, other in enumerate(world.gather_text(identity)) if other == identity]
+    looked, problem = 0, ""
+    try:
+        looked = data.check(alike.index(world.rank), len(alike))
+    except DataError as error:
+        problem = str(error) if len(alike) == world.size else f"on {node_name()}: {error}"
+    problem = next((text for text in world.gather_text(problem) if text), "")
+    if problem:
+        raise DataError(problem)
+    return looked
 
 
 def train_batches(config: Config, world: World, data: PreparedData, since: Consumed = START) -> TrainBatches:
@@ -36,7 +55,7 @@ def validation_sets(config: Config, data: PreparedData) -> list[ValidationSet]:
     for name, path in config.validation.sets.items():
         if name == "validation":
             raise ConfigError('validation.sets: the name "validation" is taken by the data\'s own split')
-        other = open_data(path, f"llmtrain prepare --config ... --set data.path={path}")
+        other = open_unchecked(path, f"llmtrain prepare --config ... --set data.path={path}")
         if other.manifest.tokenizer_hash != data.manifest.tokenizer_hash:
             raise DataError(f"validation.sets.{name}: {path} was prepared with another tokenizer than {data.path}")
         sets.append(_validation_set(config, name, other))

@@ -24,7 +24,7 @@ from llmtrain.checkpoint.places import step_of
 from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
 from llmtrain.config import Config
 from llmtrain.data.batches import Batch
-from llmtrain.data.dataset import open_data
+from llmtrain.data.dataset import open_unchecked
 from llmtrain.data.order import START, Consumed
 from llmtrain.distributed import World, find_place, open_world
 from llmtrain.engines import build_engine
@@ -32,7 +32,7 @@ from llmtrain.engines.base import Engine, StateSource
 from llmtrain.errors import CheckpointError, ConfigError, DivergenceError
 from llmtrain.train import rng
 from llmtrain.train.average import Held, copied
-from llmtrain.train.feed import check_data, train_batches
+from llmtrain.train.feed import check_data, check_together, train_batches
 from llmtrain.train.preflight import require_alike
 from llmtrain.train.start import InitialValues
 
@@ -69,11 +69,12 @@ def find_edge(
         raise ConfigError(
             f"--from {low:g} --to {high:g} --updates {updates}: wanted 0 < from < to, {FEWEST} updates or more"
         )
-    data = open_data(config.data.path, prepare_command)
+    data = open_unchecked(config.data.path, prepare_command)
     check_data(config, data)
     config.batch.accumulation(find_place(os.environ).size)
     with open_world(config.engine.timeout_s, collectives=config.engine.kind != "single") as world:
         require_alike(config, data, [], world)
+        check_together(data, world)
         found = None if from_checkpoint is None else _checkpoint(config, world, from_checkpoint)
         rng.seed_generators(config.run.seed, world.rank)
         engine = build_engine(config, world)

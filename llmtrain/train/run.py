@@ -17,7 +17,8 @@ from llmtrain.checkpoint.store import CheckpointStore
 from llmtrain.config import Config, content_hash
 from llmtrain.config_file import to_yaml
 from llmtrain.data.batches import ValidationSet
-from llmtrain.data.dataset import PreparedData, open_data
+from llmtrain.data.dataset import PreparedData, open_unchecked
+from llmtrain.descriptors import raise_limit
 from llmtrain.distributed import World, find_place, node_name, open_world, set_timeouts
 from llmtrain.engines import numerics
 from llmtrain.engines.base import Engine
@@ -26,7 +27,7 @@ from llmtrain.planner.plan import misfit
 from llmtrain.schedules import Schedule, plan
 from llmtrain.train import average, rng
 from llmtrain.train.attempts import note
-from llmtrain.train.feed import check_data, train_batches, validation_sets
+from llmtrain.train.feed import check_data, check_together, train_batches, validation_sets
 from llmtrain.train.join import ScheduleChange, Segments, clock, last_update
 from llmtrain.train.lock import RunLock, hold_run
 from llmtrain.train.loop import Trainer
@@ -55,6 +56,7 @@ def train(
     `prepare_command` is what to run when the data is missing. With `change` a checkpoint may be gone on from on another
     schedule than it was trained on. `build` makes the engine. `stop` may have been told already. Raises LlmtrainError.
     """
+    raise_limit()
     leg = _checked(
         config, prepare_command, resume, change, stop or StopRequest(Path(config.run.dir), config.run.max_minutes)
     )
@@ -66,6 +68,7 @@ def train(
         folder=Path(config.run.dir),
     ) as world:
         _tell(world, require_alike(config, leg.data, leg.held_out, world))
+        token_files = check_together(leg.data, world)
         with (
             hold_run(Path(config.run.dir), world) as lock,
             ExitStack() as reported,
@@ -78,7 +81,7 @@ def train(
             set_timeouts(group_timeout_s(config))
             watchdog.follow(engine, {"train_step": "update", "nats": "validate"})
             with numerics.named():
-                _run(leg, engine, lock, reported, watchdog)
+                _run(leg, engine, lock, reported, watchdog, token_files)
             watchdog.at("end")
             world.barrier()
 
@@ -100,22 +103,22 @@ def _checked(
 ) -> Leg:
     schedule = plan(config.schedule, tokens_per_update=config.batch.tokens, beta2=config.optim.betas[1])
     decay_multiplier(config, [[0, 0, config.batch.sequences]])
-    data = open_data(config.data.path, prepare_command)
+    data = open_unchecked(config.data.path, prepare_command)
     held_out = validation_sets(config, data)
     check_data(config, data)
     config.batch.accumulation(find_place(os.environ).size)
     return Leg(config, schedule, data, held_out, stop, resume, change)
 
 
-def _run(leg: Leg, engine: Engine, lock: RunLock, reported: ExitStack, watchdog: Watchdog) -> None:
-    """Start or resume, train, and note how it ended."""
+def _run(leg: Leg, engine: Engine, lock: RunLock, reported: ExitStack, watchdog: Watchdog, token_files: int) -> None:
+    """Start or resume, train, and note how it ended. `token_files` is how many this rank has looked at."""
     config, stop, world = leg.config, leg.stop, engine.world
     store = _store(config, world)
     rng.seed_generators(config.run.seed, world.rank)
     start = begin(engine, store, config, leg.data.manifest.content_hash, leg.schedule, leg.resume, leg.change)
     store.require_room(engine.state())
     last = last_update(config, start.schedule, start.since)
-    log, mirror, attempt, lost = _open_records(config, world, start)
+    log, mirror, attempt, lost = _open_records(config, world, start, token_files)
     progress = TrainingProgress(
         shown=world.first, first_update=start.update, last_update=last, every=config.logging.every
     )
@@ -250,13 +253,15 @@ def _store(config: Config, world: World) -> CheckpointStore:
 
 def _restore_generators(world: World, start: Start) -> None:
     """The generators of this rank as they were saved; ranks that there were not then have fresh ones."""
-    if start.found is not None and world.rank < len(start.found.reader.metadata):
-        text = start.found.reader.metadata[world.rank].get(rng.METADATA_KEY)
+    if start.found is not None:
+        text = start.found.reader.metadata(world.rank).get(rng.METADATA_KEY)
         if text is not None:
             rng.restore(text, world.device)
 
 
-def _open_records(config: Config, world: World, start: Start) -> tuple[MetricsLog | None, WandbMirror | None, int, str]:
+def _open_records(
+    config: Config, world: World, start: Start, token_files: int
+) -> tuple[MetricsLog | None, WandbMirror | None, int, str]:
     """The first rank's metrics log, rewound to the start, its mirror, the number of this attempt, and a warning.
 
     Notes that the attempt has started.
@@ -273,7 +278,12 @@ def _open_records(config: Config, world: World, start: Start) -> tuple[MetricsLo
     log.rewind(start.update if start.how == "resumed" else -1)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     mirror = WandbMirror(config, run_dir)
-    note(run_dir, "started", attempt=attempt, update=start.update, ranks=world.size, hosts=hosts)
+    looked = {"token_files": token_files, "index_files": 0, "index_bytes": 0}
+    if start.found is not None:
+        reader = start.found.reader
+        reader.metadata(world.rank)  # asked for in any case, and so counted
+        looked |= {"index_files": reader.opened, "index_bytes": reader.header_bytes}
+    note(run_dir, "started", attempt=attempt, update=start.update, ranks=world.size, hosts=hosts, **looked)
     return log, mirror, attempt, lost
 
 

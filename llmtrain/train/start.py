@@ -5,6 +5,7 @@ where the user says how (`llmtrain.train.join`). Everything else may change free
 micro-batch, when to validate.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,27 +19,58 @@ from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
 from llmtrain.config import Config
 from llmtrain.config_file import checkpoints_of, load_config
 from llmtrain.data.order import START, Consumed
+from llmtrain.data.workers import available_cores
+from llmtrain.distributed import find_place
 from llmtrain.engines.base import WEIGHT, Engine, StateSource
 from llmtrain.errors import CheckpointError, LlmtrainError, ScheduleError
-from llmtrain.model.initial import initial_slice
+from llmtrain.model.initial import draw_initial
 from llmtrain.schedules import Schedule
 from llmtrain.train.join import Mode, ScheduleChange, Segments, join, last_update, require_same_trajectory
 from llmtrain.trajectory import read_import, trajectory_of
 
 RESUME_MODES = ("auto", "must", "never")
+BUFFER = 2**24  # elements on their way to a GPU: 64 MiB
 
 
 class InitialValues:
-    """Update 0 as a source of state: weights by (seed, name), zero moments."""
+    """Update 0 as a source of state: weights by (seed, name), zero moments.
 
-    def __init__(self, config: Config) -> None:
+    Weights are drawn by all cores of this rank, straight into memory of the host, or by way of a buffer to a GPU.
+    """
+
+    def __init__(self, config: Config, threads: int | None = None) -> None:
         self.config = config
+        self.threads = own_cores() if threads is None else threads
+        self._buffer = torch.empty(0)
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of one flattened tensor, 1-D fp32."""
+        out = torch.empty(stop - start)
+        self.read_into(out, name, kind, start)
+        return out
+
+    def read_into(self, out: Tensor, name: str, kind: str, start: int) -> None:
+        """Fill `out`, 1-D fp32, with the elements from `start` on."""
         if kind != WEIGHT:
-            return torch.zeros(stop - start)
-        return torch.from_numpy(initial_slice(self.config.model, name, start, stop, self.config.run.seed))
+            out.zero_()
+        elif out.device.type == "cpu" and out.is_contiguous():
+            self._draw(out, name, start)
+        else:
+            self._buffer = self._buffer if self._buffer.numel() else torch.empty(BUFFER)
+            for begin in range(0, out.numel(), BUFFER):
+                part = out[begin : begin + BUFFER]
+                drawn = self._buffer[: part.numel()]
+                self._draw(drawn, name, start + begin)
+                part.copy_(drawn)
+
+    def _draw(self, out: Tensor, name: str, start: int) -> None:
+        draw_initial(out.detach().numpy(), self.config.model, name, start, self.config.run.seed, self.threads)
+
+
+def own_cores() -> int:
+    """Cores for this rank: those it may use, and no more than its share of the node's among the ranks there."""
+    share = (os.cpu_count() or 1) // find_place(os.environ).local_size
+    return max(1, min(available_cores(), share))
 
 
 class Start(NamedTuple):

@@ -175,8 +175,8 @@ def _near(
 def _generators(component: str, here: FlatReader, there: FlatReader, update: int) -> Finding:
     """The generators of the ranks that both legs have."""
     found = Finding(component, None, "", 0.0, "generators", 0.0, True)
-    for rank, (one, other) in enumerate(zip(here.metadata, there.metadata, strict=False)):
-        mine, wanted = json.loads(one[METADATA_KEY]), json.loads(other[METADATA_KEY])
+    for rank in range(min(len(here.files), len(there.files))):
+        mine, wanted = (json.loads(leg.metadata(rank)[METADATA_KEY]) for leg in (here, there))
         odd = [name for name in wanted if mine[name] != wanted[name]]
         if odd and found.ok:
             found = found._replace(update=update, first=f"rank {rank}: {', '.join(odd)}", ok=False)

@@ -1,6 +1,7 @@
 """A small prepared data folder, a small config, and ranks to train on, shared by the tests."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ def small_config(data: Path, text: Path) -> dict[str, Any]:
         "validation": {"max_tokens": 200},
         "engine": {"kind": "single", "precision": "fp32", "timeout_s": 60},
     }
+
+
+@pytest.fixture(autouse=True)
+def as_torch_starts() -> None:
+    """Engines set torch's arithmetic for the whole process; a test begins without what an earlier one set."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "use_deterministic_algorithms"):
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

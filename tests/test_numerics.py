@@ -1,6 +1,5 @@
 """Which kernels a run computes with, what is said of them, and what is refused."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +22,6 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def changed(config: Config, **values: dict[str, Any]) -> Config:
     sections = config.model_dump(mode="json")
     return validate({name: {**section, **values.get(name, {})} for name, section in sections.items()}, "test")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """These settings are the process's: other tests get them back."""
-    yield
-    numerics.set_numerics(described(), CPU)
-    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture
@@ -104,7 +95,7 @@ def test_the_fastest_kernel_that_is_there_is_taken(row: kernels.Measured, packag
     ("engine", "data", "named"),
     [
         ({"attention": "flash4"}, {}, "flash_attn.cute is not installed"),
-        ({"attention": "cudnn", "deterministic": True}, {}, "pip install nvidia-cudnn-frontend"),
+        ({"attention": "cudnn", "deterministic": True}, {}, r"pip install .llmtrain\[cudnn\]"),
         ({"attention": "cudnn", "precision": "fp32"}, {}, "engine.precision is fp32"),
         ({"attention": "flash"}, {"document_mask": True}, "only flex"),
     ],

@@ -111,7 +111,7 @@ def _problem(config: Config, kernel: Kernel) -> str:
 
 def _deterministic_cudnn_problem() -> str:
     if not _importable("cudnn"):
-        return "its deterministic form needs cuDNN's frontend: pip install nvidia-cudnn-frontend"
+        return "its deterministic form needs cuDNN's frontend: pip install 'llmtrain[cudnn]'"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < DETERMINISTIC_CUDNN:
         return "its deterministic form needs a Hopper GPU or newer (engine.deterministic)"
     return ""

@@ -228,3 +228,15 @@ def test_validation_keeps_what_each_document_cost(leg: Leg, prepared: dict[str, 
         slow[int((stream[:position] == data.manifest.eos_id).sum())] += 1
     assert np.array_equal(one[:, 1], slow)
     assert np.count_nonzero(slow) > 1
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(
+    prepared: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A user would look for the update from which a run is exact, or no longer is, in vain."""
+    run = tmp_path / "run"
+    train_here(prepared, run, "run.stop_at='2 steps'")
+    assert "engine.deterministic was" not in capsys.readouterr().out
+    train_here(prepared, run, "run.stop_at='4 steps'", "engine.deterministic=true", resume="must")
+    assert "engine.deterministic was False until here and is True from here on" in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(run) if row["kind"] == "step"] == [1, 2, 3, 4]

@@ -203,7 +203,12 @@ def describe_run(config: Config, world: World, start: Start, data: PreparedData)
         "lineage": start.lineage,
         "schedule": schedule.spec,
         "schedule_hash": schedule.hash,
-        "engine": {"kind": config.engine.kind, "zero_stage": config.engine.zero_stage, "ranks": world.size},
+        "engine": {
+            "kind": config.engine.kind,
+            "zero_stage": config.engine.zero_stage,
+            "ranks": world.size,
+            "deterministic": config.engine.deterministic,
+        },
         "versions": {"llmtrain": llmtrain.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "git_commit": _git_commit(),
         "compare": {
@@ -224,6 +229,7 @@ def banner(config: Config, start: Start, last: int, engine: str, lost: str = "")
         *start.said,
         *([lost] if lost else []),
         *average.left_behind(config, start.found),
+        *_other_kernels(config, start),
         engine,
         f"{parameter_count(config.model):,} parameters, {config.batch.sequences} sequences or "
         f"{config.batch.tokens:,} tokens an update, {last} updates, schedule {start.schedule.hash}",
@@ -237,6 +243,14 @@ def banner(config: Config, start: Start, last: int, engine: str, lost: str = "")
             f"lr={start.schedule.lr(start.update):.6e} from={start.found.path}"
         )
     return "\n".join(lines)
+
+
+def _other_kernels(config: Config, start: Start) -> list[str]:
+    """A line where the run goes on with kernels of another kind: the same run, but for its last bits."""
+    if start.found is None:
+        return []
+    before, now = start.found.state.get("engine", {}).get("deterministic", False), config.engine.deterministic
+    return [] if before == now else [f"engine.deterministic was {before} until here and is {now} from here on"]
 
 
 def _store(config: Config, world: World) -> CheckpointStore:

@@ -64,9 +64,12 @@ def plan(
     asked = load_config(config, overrides)
     precision = asked.engine.precision
     if card.flops(precision) is None and (mfu is not None or measured is not None):
-        peak = "--tokens-per-second" if precision == "fp32" else "--gpu-peak (dense bf16, TFLOP/s), or --tokens-per-second"
+        peak = (
+            "--tokens-per-second" if precision == "fp32" else "--gpu-peak (dense bf16, TFLOP/s), or --tokens-per-second"
+        )
         raise typer.BadParameter(
-            f"an MFU is a part of a peak, and that of {card.name} is not known in {precision}: give {peak} instead of the MFU"
+            f"an MFU is a part of a peak, and that of {card.name} is not known in {precision}: give {peak} instead of "
+            "the MFU"
         )
     made = make_plan(
         asked,
@@ -186,10 +189,10 @@ def _fastest(made: "Plan") -> str:
     found = best.speed
     reached = f"{found.step_seconds:,.2f} s an update, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.1%}"
     beside = "" if made.expected is None or not flags else f"; as configured {made.expected.step_seconds:,.2f} s"
-    on_top = "; communication is not in it" if made.ranks > 1 else ""
+    on_top = "; communication that does not overlap comes on top" if made.ranks > 1 else ""
     return (
-        f"fastest that fits:{flags or ' as configured'} ({_gib(best.total)} GiB): {reached} expected{beside}, from what "
-        f"was measured on an h200{on_top}"
+        f"fastest that fits, expected from measurements on an h200:{flags or ' as configured'}: {reached}, "
+        f"{_gib(best.total)} GiB{beside}{on_top}"
     )
 
 

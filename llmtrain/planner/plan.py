@@ -1,8 +1,8 @@
 """What does a run cost before it starts: memory, time, FLOPs, disk?
 
 Model FLOPs utilisation (MFU) turns FLOPs into time: it is measured by a run or a benchmark on the same kind of GPU, or
-assumed, and the plan says which. Recomputed blocks cost time that MFU does not count (about a third more FLOPs). What the
-model of `speed` expects, and the choice that it expects most of, stand beside it.
+assumed, and the plan says which. Recomputed blocks cost time that MFU does not count (about a third more FLOPs). Beside
+it stands what `speed` expects of the config, and of the fastest choice that fits.
 """
 
 from dataclasses import dataclass

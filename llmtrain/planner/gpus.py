@@ -64,7 +64,7 @@ def find_gpu(
     """The GPU of a plan: one that is known, by name, or any by its memory and, where time is asked for, its rates.
 
     The peak is dense bf16, in TFLOP/s, the memory bandwidth in TB/s. What is given wins over what is known of `name`.
-    Without a name and a memory it is an h100. Raises ConfigError where the memory is not known, naming the nearest card.
+    Without a name and a memory it is an h100. Raises ConfigError where the memory is not known, naming the nearest.
     """
     if name is None and memory_gib is None:
         if peak_tflops is not None or bandwidth_tb is not None:

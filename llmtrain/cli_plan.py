@@ -33,6 +33,9 @@ def plan(
     gpu_peak: Annotated[
         float | None, typer.Option(metavar="TFLOPS", help="Dense bf16 TFLOP/s of one GPU, instead of its own.")
     ] = None,
+    gpu_bandwidth: Annotated[
+        float | None, typer.Option(metavar="TB/S", help="Memory bandwidth of one GPU, instead of its own.")
+    ] = None,
     mfu: Annotated[float | None, typer.Option(help="Model FLOPs utilisation, 0 to 1. [0.4, assumed]")] = None,
     measured: Annotated[
         Path | None, typer.Option(metavar="RUN|FILE", help="Take the MFU of a run folder or of a benchmark's JSON.")
@@ -47,15 +50,29 @@ def plan(
     from llmtrain.planner.measured import read_mfu
     from llmtrain.planner.plan import make_plan
 
-    _check(mfu, measured, tokens_per_second, gpu_memory, gpu_peak, disk_bandwidth)
-    card = find_gpu(gpu, gpu_memory, gpu_peak)
-    if card.bf16_flops is None and (mfu is not None or measured is not None):
+    _check(mfu, measured, tokens_per_second)
+    _check_positive(
+        {
+            "gpu-memory": gpu_memory,
+            "gpu-peak": gpu_peak,
+            "gpu-bandwidth": gpu_bandwidth,
+            "tokens-per-second": tokens_per_second,
+            "disk-bandwidth": disk_bandwidth,
+        }
+    )
+    card = find_gpu(gpu, gpu_memory, gpu_peak, gpu_bandwidth)
+    asked = load_config(config, overrides)
+    precision = asked.engine.precision
+    if card.flops(precision) is None and (mfu is not None or measured is not None):
+        peak = (
+            "--tokens-per-second" if precision == "fp32" else "--gpu-peak (dense bf16, TFLOP/s), or --tokens-per-second"
+        )
         raise typer.BadParameter(
-            f"an MFU is a part of a peak, and that of {card.name} is not known: give --gpu-peak (dense bf16, TFLOP/s), "
-            "or --tokens-per-second instead of the MFU"
+            f"an MFU is a part of a peak, and that of {card.name} is not known in {precision}: give {peak} instead of "
+            "the MFU"
         )
     made = make_plan(
-        load_config(config, overrides),
+        asked,
         gpus,
         card,
         mfu=mfu if measured is None else read_mfu(measured),
@@ -76,19 +93,14 @@ def facts(made: "Plan") -> dict[str, Any]:
     return values
 
 
-def _check(
-    mfu: float | None,
-    measured: Path | None,
-    tokens: float | None,
-    memory: float | None,
-    peak: float | None,
-    bandwidth: float,
-) -> None:
+def _check(mfu: float | None, measured: Path | None, tokens: float | None) -> None:
     if sum(source is not None for source in (mfu, measured, tokens)) > 1:
         raise typer.BadParameter("give one of --mfu, --measured and --tokens-per-second")
     if mfu is not None and not 0 < mfu <= 1:
         raise typer.BadParameter(f"--mfu {mfu} is not above 0 and at most 1: 0.4 is 40 %")
-    given = {"gpu-memory": memory, "gpu-peak": peak, "tokens-per-second": tokens, "disk-bandwidth": bandwidth}
+
+
+def _check_positive(given: dict[str, float | None]) -> None:
     for name, value in given.items():
         if value is not None and not 0 < value < math.inf:
             raise typer.BadParameter(f"--{name} {value} must be a number above 0")
@@ -151,21 +163,37 @@ def _costs(made: "Plan") -> list[str]:
         f"updates, {tokens:,} tokens, {tokens * made.flops_per_token:.3g} FLOP",
     ]
     if pace is None:
-        lines.append(
-            f"no time: the peak of {made.gpu.name} is not known; give --gpu-peak (dense bf16, TFLOP/s) or "
-            "--tokens-per-second"
-        )
+        # A peak in bf16 says nothing of fp32, which has no tensor cores.
+        flags = "--gpu-peak (dense bf16, TFLOP/s) or " if made.gpu.bf16_flops is None else ""
+        lines.append(f"no time: {made.unexpected}; give {flags}--tokens-per-second")
     else:
         reached = "" if pace.mfu is None else f", MFU {pace.mfu:.1%}"
         lines.append(
             f"{pace.days:,.2f} days at {pace.step_seconds:,.2f} s an update, {pace.tokens_per_second:,.0f} tokens/s"
             f"{reached} ({pace.source})"
         )
+    lines.append(_fastest(made))
     lines.append(
         f"checkpoints of {disk.checkpoint / 1e9:,.1f} GB {every}, {disk.seconds:,.0f} s each; {disk.kept} kept, "
         f"{disk.peak / 1e9:,.1f} GB of disk with the one being written"
     )
     return lines
+
+
+def _fastest(made: "Plan") -> str:
+    """The recommended choice and what it should reach, or why there is none."""
+    best = made.recommended
+    if best is None:
+        return f"no choice to recommend: {made.unexpected or 'nothing fits with this layout'}"
+    flags = "".join(f" --set {override}" for override in best.overrides)
+    found = best.speed
+    reached = f"{found.step_seconds:,.2f} s an update, {found.tokens_per_second:,.0f} tokens/s, MFU {found.mfu:.1%}"
+    beside = "" if made.expected is None or not flags else f"; as configured {made.expected.step_seconds:,.2f} s"
+    on_top = "; communication that does not overlap comes on top" if made.ranks > 1 else ""
+    return (
+        f"fastest that fits, expected from measurements on an h200:{flags or ' as configured'}: {reached}, "
+        f"{_gib(best.total)} GiB{beside}{on_top}"
+    )
 
 
 def _table(title: str, *columns: str) -> "Table":

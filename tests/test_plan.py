@@ -223,7 +223,7 @@ def test_no_rate_is_made_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_of(capsys)["gpu"]["name"] == "h100"
     with pytest.raises(SystemExit):
         main(["plan", "--config", str(CONFIGS / "7b_cosine.yaml"), "--gpus", "8", "--gpu-memory", "64"])
-    assert "no time: the peak of 64 GiB GPU is not known; give --gpu-peak" in capsys.readouterr().out
+    assert "no time: the peak of 64 GiB GPU in bf16 is not known; give --gpu-peak" in capsys.readouterr().out
 
 
 def test_the_advice_for_an_unknown_card_works(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,10 +243,12 @@ def test_the_advice_for_an_unknown_card_works(capsys: pytest.CaptureFixture[str]
     ("words", "wanted"),
     [
         (["--gpu", "h10O"], 'did you mean "h100"?'),
-        (["--gpu-peak", "100"], "Give its --gpu-memory in GiB too"),
+        (["--gpu-peak", "100"], "--gpu-peak is that of which card? Give its --gpu-memory in GiB too"),
+        (["--gpu-bandwidth", "2"], "--gpu-bandwidth is that of which card? Give its --gpu-memory in GiB too"),
+        (["--gpu-bandwidth", "-1"], "--gpu-bandwidth -1.0 must be a number above 0"),
         (["--gpu-memory", "nan"], "--gpu-memory nan must be a number above 0"),
         (["--gpu-peak", "0"], "--gpu-peak 0.0 must be a number above 0"),
-        (["--gpu-memory", "64", "--mfu", "0.5"], "that of 64 GiB GPU is not known: give --gpu-peak"),
+        (["--gpu-memory", "64", "--mfu", "0.5"], "that of 64 GiB GPU is not known in bf16: give --gpu-peak"),
         (["--gpus", "7"], "do not divide into micro-batches of 4 on 7 ranks"),
         (["--gpus", "2", "--set", "engine.kind=single"], 'engine.kind "single" runs on one rank'),
         (["--gpus", "8", "--set", "engine.kind=fsdp", "--set", "engine.shard_ranks=3"], "does not divide the 8 ranks"),

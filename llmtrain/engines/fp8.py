@@ -24,6 +24,8 @@ from llmtrain.model.precision import linear
 from llmtrain.model.projection import Linear
 
 OLDEST = (8, 9)  # compute capability: Ada, Hopper and newer multiply fp8
+# `1b`, rowwise, compiled, on one NVIDIA H200 with torch 2.11: 0.966 s an update, and 0.941 s in bf16.
+MEASURED = "measured slower than bf16 at hidden size 2048, not measured at others"
 
 
 def use_fp8(model: Decoder, config: Config, device: torch.device) -> None:
@@ -50,8 +52,8 @@ def described(config: Config, device: torch.device) -> str:
     """What the banner says of it."""
     if config.engine.fp8 == "none":
         return ""
-    emulated = ", emulated on this CPU" if device.type == "cpu" else ""
-    return f"; products of the blocks in fp8 ({config.engine.fp8} scales{emulated})"
+    note = "emulated on this CPU" if device.type == "cpu" else MEASURED
+    return f"; products of the blocks in fp8 ({config.engine.fp8} scales, {note})"
 
 
 def _require_products(device: torch.device) -> None:

@@ -115,7 +115,7 @@ def _made(config: Config, gpu: Gpu, words: str, engine: dict[str, Any], ranks: i
         return None
     total = needs(changed(asked, {}, micro), ranks)
     assert total is not None
-    overrides = [f"engine.{key}={_written(value)}" for key, value in engine.items()]
+    overrides = [f"engine.{key}={written(value)}" for key, value in engine.items()]
     if micro != config.batch.micro:
         overrides.append(f"batch.micro={micro}")
         words = ", ".join(filter(None, (words, f"micro-batches of {micro}")))
@@ -173,5 +173,6 @@ def _powers(most: int) -> list[int]:
     return [2**power for power in range(most.bit_length())]
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as it stands in an override of the config."""
     return value if isinstance(value, str) else json.dumps(value)

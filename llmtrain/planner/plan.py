@@ -1,7 +1,8 @@
 """What does a run cost before it starts: memory, time, FLOPs, disk?
 
 Model FLOPs utilisation (MFU) turns FLOPs into time: it is measured by a run or a benchmark on the same kind of GPU, or
-assumed, and the plan says which. Recomputed blocks cost time that MFU does not count (about a third more FLOPs).
+assumed, and the plan says which. Recomputed blocks cost time that MFU does not count (about a third more FLOPs). Beside
+it stands what `speed` expects of the config, and of the fastest choice that fits.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from llmtrain.planner.activations import recomputed_blocks
 from llmtrain.planner.fit import Change, Layout, changes, largest_micro, layouts
 from llmtrain.planner.gpus import GIB, Gpu
 from llmtrain.planner.memory import Memory, checkpoint_bytes, memory
+from llmtrain.planner.speed import Recommendation, Speed, expected, fp8_words, recommended, unknown
 
 ASSUMED_MFU = 0.4
 FLOPS_FORMULA = "6 N + 12 L H Q T, N without the embedding that is only looked up"
@@ -55,6 +57,9 @@ class Plan:
     flops_per_token: int
     updates: int
     pace: Pace | None
+    expected: Speed | None  # of the config as it is
+    recommended: Recommendation | None
+    unexpected: str  # why no speed is expected, or nothing
     disk: Disk
     layouts: list[Layout]
     changes: list[Change]
@@ -91,10 +96,13 @@ def make_plan(
         flops_per_token=flops_per_token(config.model, config.batch.seq_len),
         updates=config.last_update,
         pace=pace,
+        expected=expected(config, ranks, gpu),
+        recommended=recommended(config, ranks, gpu),
+        unexpected=unknown(config, gpu),
         disk=disk,
         layouts=layouts(config, ranks, gpu),
         changes=[] if fits else changes(config, ranks, gpu),
-        warnings=_warnings(config, found, gpu, pace, disk),
+        warnings=_warnings(config, ranks, found, gpu, pace, disk),
     )
 
 
@@ -149,7 +157,7 @@ def _disk(config: Config, parameters: int, bandwidth: float) -> Disk:
     return Disk(one, every, len(kept), (len(kept) + 1) * one, one / bandwidth)
 
 
-def _warnings(config: Config, found: Memory, gpu: Gpu, pace: Pace | None, disk: Disk) -> list[str]:
+def _warnings(config: Config, ranks: int, found: Memory, gpu: Gpu, pace: Pace | None, disk: Disk) -> list[str]:
     said = []
     if gpu.usable * TIGHT < found.total <= gpu.usable:
         said.append(f"tight: {found.total / gpu.usable:.0%} of what tensors may take, and this is an estimate")
@@ -157,6 +165,8 @@ def _warnings(config: Config, found: Memory, gpu: Gpu, pace: Pace | None, disk: 
         said.append("of engine.deepspeed only bucket sizes, thresholds and overlap_comm are counted")
     if pace is not None and recomputed_blocks(config):
         said.append("recomputed blocks cost up to a third more time than the same MFU without them")
+    if words := fp8_words(config, ranks, gpu):
+        said.append(words)
     if pace is not None and disk.every is not None and disk.seconds > disk.every * pace.step_seconds:
         said.append(
             f"a save takes {disk.seconds:.0f} s and the next is due after {disk.every * pace.step_seconds:.0f} s: "

@@ -65,8 +65,8 @@ class Digests:
         paths: dict[Tensor, list[str]] = {}  # two where the head is tied to the embedding
         for path, parameter in model.named_parameters(remove_duplicate=False):
             paths.setdefault(parameter, []).append(path)
-        for parameter, names in paths.items():
-            parameter.register_post_accumulate_grad_hook(self._taking(names))  # type: ignore[no-untyped-call]
+        for shared, names in paths.items():
+            shared.register_post_accumulate_grad_hook(self._taking(names))  # type: ignore[no-untyped-call]
 
     def note(self, module: str, what: str, *tensors: Any) -> None:
         """Write down what `module` made in this pass."""
@@ -74,7 +74,7 @@ class Digests:
         hashed = xxhash.xxh3_64()
         for tensor in tensors:
             if isinstance(tensor, Tensor):
-                hashed.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+                hashed.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
         self.seen[module, where, what] = hashed.hexdigest()
 
     def _listen(self, name: str, module: nn.Module) -> None:
@@ -115,7 +115,7 @@ def probe(config: Config, world: World, out: Path) -> None:
     for _ in range(REPETITIONS):
         digests.seen, digests.backward = {}, False
         _pass(config, model, batch, digests)
-        for name, total in sums.items():
+        for name, total in reversed(sums.items()):  # the last was made first
             digests.note(digests.named(name), f"sum of gradients of {name}", total)
             total.zero_()
         with (out / PASSES_FILE).open("a") as file:

@@ -124,6 +124,9 @@ def verify_resume(
     steps: Annotated[int, typer.Option(help="The update it ends with.")] = 10,
     to_engine: Annotated[str | None, typer.Option(metavar="ENGINE", help="Resume on this engine.")] = None,
     to_ranks: Annotated[int | None, typer.Option(min=1, help="Resume on this number of processes.")] = None,
+    as_configured: Annotated[
+        bool, typer.Option("--as-configured", help="Leave engine.deterministic as it is; else true.")
+    ] = False,
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder for the legs, kept.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -150,6 +153,7 @@ def verify_resume(
             at=at,
             steps=steps,
             say=lambda text: print(text, file=sys.stderr, flush=True),
+            as_configured=as_configured,
         )
     if as_json:
         print(json.dumps(result.as_json(), allow_nan=False))
@@ -158,6 +162,8 @@ def verify_resume(
         for finding in result.findings:
             table.add_row(*_found(finding))
         _print(table)
+        if result.note:
+            print(result.note)
         print(result.verdict)
     if result.differs:
         raise typer.Exit(1)

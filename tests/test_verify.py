@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ AT, STEPS = 2, 4
 
 def forked(leg: Leg) -> None:
     """A leg from the fork server: the same processes, but for the seconds that they take to start."""
-    ranks.start(leg.out / "logs", leg.ranks, verify_leg.main, leg.words).succeeded()
+    ranks.start(leg.out / "logs", leg.ranks, import_module(leg.module).main, leg.words).succeeded()
 
 
 def verified(

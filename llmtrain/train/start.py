@@ -20,7 +20,7 @@ from llmtrain.config import Config
 from llmtrain.config_file import checkpoints_of, load_config
 from llmtrain.data.order import START, Consumed
 from llmtrain.data.workers import available_cores
-from llmtrain.distributed import find_place
+from llmtrain.distributed import World, find_place
 from llmtrain.engines.base import WEIGHT, Engine, StateSource
 from llmtrain.errors import CheckpointError, LlmtrainError, ScheduleError
 from llmtrain.model.initial import draw_initial
@@ -108,7 +108,7 @@ def begin(
     if found is None:
         _require_fresh_start(store, config, data_hash, resume, rejected)
         if config.run.parent is None:
-            first, said = _first_weights(config, engine)
+            first, said = first_weights(config, engine.world)
             engine.load(first, 0)
             return Start("fresh", START, schedule, [[0, 0, config.batch.sequences]], [], None, said)
         found = _parent(store, *config.run.parent)
@@ -120,12 +120,12 @@ def begin(
     return start._replace(said=[*(f"rejected {text}" for text in rejected), *start.said])
 
 
-def _first_weights(config: Config, engine: Engine) -> tuple[StateSource, list[str]]:
+def first_weights(config: Config, world: World) -> tuple[StateSource, list[str]]:
     """What update 0 is filled from, and what the banner says of it."""
     folder = config.run.init_from
     if folder is None:
         return InitialValues(config), []
-    weights = open_import(folder, config.model, engine.world)
+    weights = open_import(folder, config.model, world)
     return weights, [f"weights of {folder} {read_import(folder)['weights_hash']}"]
 
 

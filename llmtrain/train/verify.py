@@ -4,7 +4,8 @@ Three legs train the user's own config, on its own schedule, in a folder of thei
 to N, one that ends after update K, and one that goes on from that one's checkpoint in new processes, on the same layout
 (an engine on a number of ranks) or on another. They are compared in the order of time, so the component that is named
 first is where the difference began: the first K updates, which show whether the machine computes the same twice at all;
-the state as it was loaded; each update after it; the state at the end.
+the state as it was loaded; each update after it; the state at the end. Where it does not compute the same twice, a
+probe looks for the module whose kernel gives other bits (`llmtrain.train.verify_probe`).
 """
 
 import math
@@ -28,11 +29,13 @@ from llmtrain.distributed import find_place
 from llmtrain.errors import ConfigError, EnvironmentError
 from llmtrain.model.size import parameter_count
 from llmtrain.train.verify_findings import BOUNDS, Finding, compare_states, compare_updates
+from llmtrain.train.verify_probe import PROCESSES, Probed, first_difference
 from llmtrain.units import show_bytes
 
 ENGINES = ("single", "fsdp", "zero0", "zero1", "zero2", "zero3")
 STATES = 11  # of 12 bytes a parameter, in the checkpoints and records of all legs
 GRACE_S = 10.0  # for the other ranks of a leg, once one has failed
+COMPUTED = ("loss", "gradient norm", "weights", "moments")  # components that a kernel can change
 
 
 class Layout(NamedTuple):
@@ -61,7 +64,10 @@ class Layout(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What was compared, in the order of time, and what came of it."""
+    """What was compared, in the order of time, and what came of it.
+
+    `deterministic` is what the legs ran with, and `configured` what the config says.
+    """
 
     straight: Layout
     resumed: Layout
@@ -69,6 +75,9 @@ class Verification(NamedTuple):
     steps: int
     findings: list[Finding]
     twice: bool  # the first K updates were the same when they were made again
+    deterministic: bool
+    configured: bool
+    probed: Probed | None = None  # where they were not, and a kernel may be why
 
     @property
     def differs(self) -> Finding | None:
@@ -82,7 +91,8 @@ class Verification(NamedTuple):
         wrong = self.differs
         if wrong is not None:
             why = "" if self.twice else "not deterministic even without a resume: "
-            return f"DIFFERS: {why}{wrong.component} at update {wrong.update}: {wrong.first}"
+            module = "" if self.probed is None else f"; {self.probed.said}"
+            return f"DIFFERS: {why}{wrong.component} at update {wrong.update}: {wrong.first}{module}"
         where = f"{self.straight}, resumed after update {self.at}"
         if self.straight == self.resumed:
             return f"VERIFIED {where}: updates {self.at + 1} to {self.steps} are the same, bit for bit"
@@ -90,6 +100,21 @@ class Verification(NamedTuple):
         return (
             f"VERIFIED {where} on {self.resumed}: the same state, rates and samples bit for bit, "
             f"losses within {loss.bound:g} (largest difference {loss.largest:.1e})"
+        )
+
+    @property
+    def note(self) -> str:
+        """What the legs' kernels mean for the run. Empty on a CPU, where each kernel gives the same bits every time."""
+        if not torch.cuda.is_available() or (self.configured and self.deterministic):
+            return ""
+        if self.deterministic:
+            return (
+                "the legs ran with engine.deterministic: true, and the config does not say so: "
+                "write it there, or the run itself will not resume exactly on a GPU"
+            )
+        return (
+            "the legs ran with engine.deterministic: false, as configured: "
+            "some kernels of a GPU then sum in another order each time"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -101,6 +126,9 @@ class Verification(NamedTuple):
             "resumed": self.resumed._asdict(),
             "at": self.at,
             "steps": self.steps,
+            "deterministic": self.deterministic,
+            "note": self.note,
+            "probe": None if self.probed is None else self.probed._asdict(),
             "findings": [
                 {**finding._asdict(), "largest": finding.largest if math.isfinite(finding.largest) else None}
                 for finding in self.findings
@@ -109,13 +137,14 @@ class Verification(NamedTuple):
 
 
 class Leg(NamedTuple):
-    """One leg, ready to start: this many ranks of verify_leg, with these words."""
+    """One leg, ready to start: this many ranks of `module`, whose `main` gets these words."""
 
     name: str
     words: list[str]
     ranks: int
     out: Path
     timeout_s: float  # in which some rank must get on
+    module: str = "llmtrain.train.verify_leg"
 
 
 def verify(
@@ -129,13 +158,18 @@ def verify(
     steps: int,
     say: Callable[[str], None],
     launch: "Callable[[Leg], None] | None" = None,
+    as_configured: bool = False,
 ) -> Verification:
     """Train the legs in `folder` and compare them; `launch` runs one to its end (processes here, where it is None).
 
+    The legs run with `engine.deterministic: true`, or, `as_configured`, with what the config says.
     Raises LlmtrainError where they cannot be trained: no data, no room, another number of ranks than the batch takes.
     """
     _check(config, folder, prepare_command, (straight, resumed), at, steps)
     launch = launch or run_processes
+    configured = config.engine.deterministic
+    deterministic = configured or not as_configured
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"deterministic": deterministic})})
     exact: dict[str, float] = {}
     rounding = config.engine.precision if config.optim.name == "adamw" else "bf16"  # Newton-Schulz, and 8-bit moments
     bounds = exact if straight == resumed else BOUNDS[rounding]
@@ -152,12 +186,33 @@ def verify(
     findings = compare_updates(b.out, a.out, range(1, at + 1), exact)
     findings += compare_states(b.out, a.out, at, "when trained again", exact)
     if not all(finding.ok for finding in findings):
-        return Verification(straight, resumed, at, steps, findings, twice=False)
+        found = Verification(straight, resumed, at, steps, findings, False, deterministic, configured)
+        assert found.differs is not None
+        if found.differs.component.startswith(COMPUTED):
+            found = found._replace(probed=_probe(config, folder, straight, say, launch))
+        return found
     train(c, resumed, at + 1, steps)
     findings = compare_states(c.out, a.out, at, "as loaded", exact)
     findings += compare_updates(c.out, a.out, range(at + 1, steps + 1), bounds)
     findings += compare_states(c.out, a.out, steps, "at the end", bounds, since=at)
-    return Verification(straight, resumed, at, steps, findings, twice=True)
+    return Verification(straight, resumed, at, steps, findings, True, deterministic, configured)
+
+
+def _probe(
+    config: Config, folder: Path, layout: Layout, say: Callable[[str], None], launch: Callable[[Leg], None]
+) -> Probed:
+    """Look for the module whose kernel gives other bits each time, on one rank."""
+    folders = []
+    for number in range(1, PROCESSES + 1):
+        leg = _leg(config, folder, f"probe_{number}", layout, 1, 0, 1)
+        leg = leg._replace(words=leg.words[:2], ranks=1, module="llmtrain.train.verify_probe")
+        say(f"{leg.name}: forward and backward passes of the first micro-batch")
+        try:
+            launch(leg)
+        except EnvironmentError as error:
+            return Probed(None, None, f"which module, could not be found out: {str(error).splitlines()[-1]}")
+        folders.append(leg.out)
+    return first_difference(folders, alone=layout.ranks == 1, compiled=config.engine.compile)
 
 
 def run_processes(leg: Leg) -> None:
@@ -170,7 +225,7 @@ def run_processes(leg: Leg) -> None:
         for rank, log in enumerate(logs):
             with log.open("wb") as output:
                 own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, "-m", "llmtrain.train.verify_leg", *leg.words]
+                command = [sys.executable, "-m", leg.module, *leg.words]
                 processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT))
         stalled = _watch(processes, leg)
     finally:
@@ -246,7 +301,7 @@ def _leg_config(config: Config, layout: Layout, run_dir: Path, at: int, last: in
     stage = int(layout.engine[-1]) if layout.engine.startswith("zero") else config.engine.zero_stage
     kind = "deepspeed" if layout.engine.startswith("zero") else layout.engine
     values["run"] |= {"dir": str(run_dir), "stop_at": f"{last} steps", "max_minutes": None, "branch_from": None}
-    values["engine"] |= {"kind": kind, "zero_stage": stage, "deterministic": True}
+    values["engine"] |= {"kind": kind, "zero_stage": stage}
     values["validation"] |= {"every": None, "max_tokens": config.batch.seq_len, "sets": {}}
     values["checkpoint"] |= {"dir": "", "every": f"{at} steps", "ephemeral": None, "keep": 2, "keep_every": None}
     values["logging"]["wandb"]["mode"] = "disabled"

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import torch
 import yaml
 
 from llmtrain.config_file import load_config
-from llmtrain.train import verify_leg
 from llmtrain.train.verify import Layout, Leg, run_processes, verify
 from tests import ranks
 
@@ -70,7 +70,7 @@ def launcher(folder: Path) -> Callable[[Leg], None]:
         return run_processes
 
     def forked(leg: Leg) -> None:
-        ranks.start(leg.out / "logs", leg.ranks, verify_leg.main, leg.words).succeeded()
+        ranks.start(leg.out / "logs", leg.ranks, import_module(leg.module).main, leg.words).succeeded()
 
     return forked
 

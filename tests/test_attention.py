@@ -59,7 +59,7 @@ def dense_mask(ids: Tensor) -> Tensor:
     return (ids.unsqueeze(2) == ids.unsqueeze(1)).tril().unsqueeze(1)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, apart: Any = None) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *ways: Any) -> Tensor:
     """The reference: a mask of T x T, and heads of keys and values repeated."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(ids))
@@ -93,7 +93,7 @@ def test_attention_and_its_gradient_are_those_of_a_dense_mask(
     """A model would learn from neighbours in the sequence, or be blind to its own document."""
     ids = CASES[name]
     given = q, k, v = projections(len(ids), ids.shape[1], heads)
-    found = attend(q, k, v, tiles(ids) if way == "tiles" else ids, one_by_one)
+    found = attend(q, k, v, tiles(ids) if way == "tiles" else ids, causal, one_by_one)
     wanted = dense(q, k, v, ids)
     weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,8 @@
 These settings are torch's own and hold for the whole process. An engine sets them before it builds anything.
 
 fp32 is fp32: on a GPU products round their operands to TF32 only where `engine.precision: tf32` says so. On a CPU they
-may use what bf16 instructions it has (`medium`), whose sums of parts are fp32 again.
+may use what bf16 instructions it has (`medium`), whose sums of parts are fp32 again; fp32 attention does not, being
+faster without (`llmtrain.model.cpu_attention`).
 
 A GPU's fastest kernels sum with atomics, in an order that differs from run to run. With `engine.deterministic` torch
 takes others, cuBLAS keeps workspaces apart, and the compiler chooses by shapes alone, never by the clock. An operation

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from llmtrain.model.cpu_attention import attend_in_fp32, medium_reaches
 from llmtrain.model.precision import autocast_falls_back, needs_widening
 
 TILE = 128
@@ -54,7 +55,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, whole: 
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position sees itself and all earlier ones."""
+    """Each position sees itself and all earlier ones. On a CPU fp32 is fp32 here, whatever products are computed in."""
+    if medium_reaches(q, k, v):
+        return attend_in_fp32(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=_grouped(q, k))
 
 

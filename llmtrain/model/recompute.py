@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import llmtrain.model.cudnn_attention  # noqa: F401, it defines an operation that is named here
+import llmtrain.model.cpu_attention
+import llmtrain.model.cudnn_attention  # noqa: F401, both define an operation that is named here
 
 Recompute = Literal["none", "cheap", "all"]
 
@@ -24,6 +25,7 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch._higher_order_ops.flex_attention,
+    torch.ops.llmtrain.cpu_attention.default,
     torch.ops.llmtrain.cudnn_attention.default,
 }
 

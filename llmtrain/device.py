@@ -14,6 +14,7 @@ import torch
 
 from llmtrain.errors import EnvironmentError
 
+DEEPSPEED_LAUNCHER = "CROSS_RANK"  # a variable that it sets for its processes, and no other launcher
 SLURM_GPUS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_NODE")
 
 
@@ -57,13 +58,20 @@ def require_no_gpus_given(environment: Mapping[str, str], device_files: Path = P
         )
     raise EnvironmentError(
         f"this process on {socket.gethostname()} was given GPUs ({given}), but torch sees none; {remedy}; to train on "
-        "the CPU, set CUDA_VISIBLE_DEVICES to nothing: CUDA_VISIBLE_DEVICES= llmtrain train ..."
+        "the CPU, set CUDA_VISIBLE_DEVICES to nothing: CUDA_VISIBLE_DEVICES= llmtrain train ... (under the deepspeed "
+        "launcher, which sets it itself: DS_ACCELERATOR=cpu deepspeed ...)"
     )
 
 
 def given_gpus(environment: Mapping[str, str], device_files: Path = Path("/dev")) -> str:
-    """What says that this process was given GPUs, as NAME=value or a file; empty where nothing does."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    """What says that this process was given GPUs, as NAME=value or a file; empty where nothing does.
+
+    The `deepspeed` launcher numbers its processes in CUDA_VISIBLE_DEVICES, on machines without a GPU too, so what it
+    wrote says nothing; under it DS_ACCELERATOR=cpu asks for the CPU.
+    """
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        return ""
+    visible = None if DEEPSPEED_LAUNCHER in environment else environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return ""
     if visible is not None:

@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, ranks: int, layers: int, layout: str) -> None
             for name, start, stop in cuts(sizes, rank, ranks, layout)
         ]
         path = workspace / RANK_FILE.format(rank)
-        write_rank_file(path, FlatState(slices, 1, writes=True), {"rng": "0" * 5000})
+        write_rank_file(path, FlatState(slices, 1), {"rng": "0" * 5000})
         entries.append(rank_entry(path))
     (workspace / "index.json").write_bytes(index_of(entries))
     (workspace / STATE).write_text('{"format": 1, "step": 1}')

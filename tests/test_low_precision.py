@@ -216,9 +216,10 @@ def test_an_interrupted_run_equals_the_straight_one(runs: Runs, engine: str) -> 
 def test_shards_train_as_one_device_does(runs: Runs) -> None:
     """More GPUs would train another model, and a checkpoint would hold other names, or less than fp32."""
     there, here = ([json.loads(row) for row in history(runs.folder / engine)] for engine in ("single", "fsdp"))
-    for one, other in zip(there, here, strict=True):
-        assert one["lr"] == other["lr"]
-        assert other["loss"] == pytest.approx(one["loss"], abs=5e-2)  # fp8, at a high rate
+    assert [row["lr"] for row in there] == [row["lr"] for row in here]
+    apart = np.abs([one["loss"] - other["loss"] for one, other in zip(there, here, strict=True)])
+    # fp8 at a high rate: a batch of eight short sequences may be far off, all of them together are not.
+    assert apart.mean() < 2e-2 and apart.max() < 0.2
     assert there[-1]["loss"] < there[0]["loss"] - 0.1
     shapes = parameter_shapes(runs.config(*LOW).model)
     for engine in ("single", "fsdp"):

@@ -51,7 +51,8 @@ def sweep(
 def _sweep(planned: "Planned", only: int | None, at_once: int, held: int, as_json: bool) -> None:
     from rich.console import Console
 
-    from llmtrain.study.launch import cores, gpus, start_training
+    from llmtrain.device import usable_cores
+    from llmtrain.study.launch import gpus, start_training
     from llmtrain.study.sweep import sweep as train_runs
     from llmtrain.study.sweep_shown import SweepShown
     from llmtrain.study.sweep_state import check_study, state_of, write_study
@@ -61,7 +62,7 @@ def _sweep(planned: "Planned", only: int | None, at_once: int, held: int, as_jso
     write_study(planned)
     console = Console(stderr=as_json)
     console.print(_summary(planned, states, at_once), highlight=False, soft_wrap=True)
-    threads = max(1, cores() // at_once)
+    threads = max(1, usable_cores() // at_once)
     devices = gpus() if at_once > 1 else []
 
     def start(config: Path, log: Path, slot: int) -> Any:
@@ -144,14 +145,14 @@ def _print_plan(planned: "Planned", states: Sequence[str], at_once: int, as_json
 
 def _summary(planned: "Planned", states: Sequence[str], at_once: int) -> str:
     """What will run: of all runs, and of what is left of them."""
-    from llmtrain.study.launch import cores
+    from llmtrain.device import usable_cores
 
     runs = planned.runs
     left = [run for run, state in zip(runs, states, strict=True) if state != "finished"]
     cells = _count(len({run.cell for run in runs}), "cell")
     peaks = _count(len({run.schedule.peak for run in runs}), "peak")
     seeds = _count(len({run.config.run.seed for run in runs}), "seed")
-    threads = max(1, cores() // at_once)
+    threads = max(1, usable_cores() // at_once)
     return (
         f"study {planned.study.name} in {planned.study.folder}: {len(runs)} runs of {cells}, {peaks}, {seeds}; "
         f"{len(runs) - len(left)} finished, {states.count('begun')} begun\n"

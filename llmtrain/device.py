@@ -2,15 +2,14 @@
 
 A launcher gives a node's processes all of its GPUs, of which each takes the one of its local rank, or, as
 `srun --gpus-per-task=1` does, each a GPU of its own, which every one of them sees as device 0. A job that was given
-GPUs and sees none is stopped: days later somebody would find it training on the CPU.
+GPUs and sees none is stopped: days later somebody would find it training on the CPU. Torch is loaded where that is told
+alone: commands without it ask here for cores.
 """
 
 import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from llmtrain.errors import EnvironmentError
 
@@ -49,6 +48,8 @@ def require_no_gpus_given(environment: Mapping[str, str], device_files: Path = P
     given = given_gpus(environment, device_files)
     if not given:
         return
+    import torch
+
     if torch.version.cuda is None:
         remedy = f"this torch, {torch.__version__}, is built for the CPU: install a CUDA build (https://pytorch.org)"
     else:

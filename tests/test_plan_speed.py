@@ -60,7 +60,7 @@ def test_updates_take_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, preset: str, seq_len: int, micro: int, engine: dict[str, Any], measured: float
 ) -> None:
     """A choice would be recommended on times that no GPU takes."""
-    monkeypatch.setattr(speed, "sums_in_products", lambda config: False)
+    monkeypatch.setattr(speed, "sums_gradients_in_products", lambda config: False)
     assert seconds(run_of(preset, seq_len, micro, **engine)) == pytest.approx(measured, rel=WITHIN)
 
 
@@ -70,7 +70,7 @@ def test_updates_that_sum_in_products_take_what_was_measured(
 ) -> None:
     """What `single` does by default would be planned slower or faster than it is."""
     config = run_of(preset, seq_len, micro, **engine)
-    assert speed.sums_in_products(config)
+    assert speed.sums_gradients_in_products(config)
     assert seconds(config) == pytest.approx(measured, rel=WITHIN)
 
 

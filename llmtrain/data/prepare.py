@@ -38,7 +38,8 @@ from llmtrain.data.tokenizer import (
     train_tokenizer,
 )
 from llmtrain.data.unit import UNITS_FOLDER, UnitPlace, UnitRecord, finished_unit
-from llmtrain.data.workers import available_cores, unit_pool
+from llmtrain.data.workers import unit_pool
+from llmtrain.device import usable_cores
 from llmtrain.errors import DataError
 
 _SETTINGS_FILE = "settings.json"
@@ -75,7 +76,7 @@ def prepare(
             _discard(folder)
         settings_hash = _begin(folder, {**settings, "source files": found}, command)
         tokenizer = _tokenizer(config, folder, given, seed)
-        records = _tokenize(config, folder, tokenizer, settings_hash, workers or available_cores())
+        records = _tokenize(config, folder, tokenizer, settings_hash, workers or usable_cores())
         try:
             manifest = seal(config, folder, tokenizer, records, settings, found)
         except DataError:  # no data can be had with these settings, so they must not stand in the way of others

@@ -67,8 +67,6 @@ def choose_kernel(config: Config) -> Choice:
         return Choice("efficient", f"the only one for {engine.precision}")
     usable = [kernel for kernel in FAST if not _problem(config, kernel)]
     rows = [row for row in MEASURED if row.deterministic == engine.deterministic]
-    if not rows:
-        return Choice(usable[0], "not measured")
     row = min(rows, key=lambda row: _distance(row, config))
     times: dict[Kernel, float] = {kernel: row.milliseconds[kernel] for kernel in usable if kernel in row.milliseconds}
     fastest = min(times, key=lambda kernel: times[kernel])

@@ -41,7 +41,7 @@ def micro_batch(config: Config, device: str = "cuda") -> MicroBatch:
     multiplied = FP32 if device == "cpu" else c  # a CPU's products are planned as if it had no bf16 instructions
     chunk = chunk_tokens(n, V, device)
     rope = 2 * FP32 * model.max_seq_len * model.head_size
-    summed = device == "cuda" and sums_in_products(config)
+    summed = device == "cuda" and sums_gradients_in_products(config)
     again = plain_block_bytes(config, device) if config.engine.activation_checkpointing != "none" else 0
     going_back = max(c * n * (2 * F + D) + (0 if summed else c * D * F), attention_bytes(config, device)) + again
     return MicroBatch(
@@ -86,12 +86,14 @@ def attention_bytes(config: Config, device: str = "cuda") -> int:
     """What attention's backward pass works in on a GPU: fp32 gradients of the queries, and k and v for every head.
 
     cuDNN's deterministic form keeps those gradients apart for each block of keys. Measured with cuDNN 9.19 on Hopper.
+    Where the kernel is not written, it is taken to be cuDNN's, which needs most; within documents it never is.
     """
     if device != "cuda" or config.engine.precision != "bf16":
         return 0
     model, n = config.model, config.batch.micro * config.batch.seq_len
     keys = 128 if model.head_size <= 64 else 256
-    apart = math.ceil(config.batch.seq_len / keys) if config.engine.deterministic else 1
+    by_cudnn = config.engine.attention in ("auto", "cudnn") and not config.data.document_mask
+    apart = math.ceil(config.batch.seq_len / keys) if config.engine.deterministic and by_cudnn else 1
     repeated = 2 * compute_bytes(config) if model.num_kv_heads < model.num_heads else 0
     return n * model.num_heads * model.head_size * (FP32 * apart + repeated)
 
@@ -114,7 +116,7 @@ def recomputed_blocks(config: Config) -> int:
     return math.ceil(config.model.num_layers / every) if every else 0
 
 
-def sums_in_products(config: Config) -> bool:
+def sums_gradients_in_products(config: Config) -> bool:
     """Whether products add gradients of weights to fp32 sums, and make none in bf16: `llmtrain.engines.single`."""
     engine = config.engine
     accumulates = config.batch.sequences > config.batch.micro

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from llmtrain.config import Config
 from llmtrain.model.size import flops_per_token, matmul_parameters, parameter_count
-from llmtrain.planner.activations import recomputed_blocks, sums_in_products
+from llmtrain.planner.activations import recomputed_blocks, sums_gradients_in_products
 from llmtrain.planner.fit import changed, needs, written
 from llmtrain.planner.gpus import WITHOUT_FP8, Gpu
 from llmtrain.planner.state import compute_bytes, copy_ranks
@@ -100,7 +100,7 @@ def update_seconds(config: Config, ranks: int, gpu: Gpu) -> Update | None:
     fused = 1 if engine.compile else NOT_COMPILED
     pointwise = POINTWISE_BYTES * compute_bytes(config) / 2 * fused * passes
     widths = model.num_layers * (model.hidden_size + model.ffn_size)
-    by_gradient = SUMMED_BYTES if sums_in_products(config) else FOLDED_BYTES[engine.kind]
+    by_gradient = SUMMED_BYTES if sums_gradients_in_products(config) else FOLDED_BYTES[engine.kind]
     rounded = micro_batches * in_blocks + tokens * model.num_layers * _operand_widths(config)
     return Update(
         products=block_products / (2 if in_fp8 else 1) + tokens * head * 6 / product_rate,

@@ -16,10 +16,11 @@ from typing import Any
 from llmtrain.checkpoint.places import STATE, Place, name_of, step_of
 from llmtrain.config import Config
 from llmtrain.config_file import apply_override, checkpoints_of, load_config, to_yaml, validate
+from llmtrain.device import usable_cores
 from llmtrain.errors import CheckpointError, ConfigError, EnvironmentError, ScheduleError
 from llmtrain.schedules import Schedule, diff, plan, replace
 from llmtrain.study.branch_cooldown import Parent
-from llmtrain.study.launch import cores, start_training
+from llmtrain.study.launch import start_training
 from llmtrain.trajectory import trajectory_of
 
 _NAMED = 6  # checkpoints or fields that a message names
@@ -187,7 +188,7 @@ def train_here(wanted: Branch) -> str:
     before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in _SIGNALS}
     log = wanted.folder / "train.log"
     try:
-        process = start_training(wanted.config_file, cores(), log)
+        process = start_training(wanted.config_file, usable_cores(), log)
         code = None
         while code is None:
             try:

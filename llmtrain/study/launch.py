@@ -36,11 +36,6 @@ def start_training(
         )
 
 
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them. Empty where there are none."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtrain.checkpoint.imported import open_import
 from llmtrain.checkpoint.inspect import locate
 from llmtrain.checkpoint.places import step_of
 from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
@@ -28,13 +27,13 @@ from llmtrain.data.dataset import open_unchecked
 from llmtrain.data.order import START, Consumed
 from llmtrain.distributed import World, find_place, open_world
 from llmtrain.engines import build_engine
-from llmtrain.engines.base import Engine, StateSource
+from llmtrain.engines.base import Engine
 from llmtrain.errors import CheckpointError, ConfigError, DivergenceError
 from llmtrain.train import rng
 from llmtrain.train.average import Held, copied
 from llmtrain.train.feed import check_data, check_together, train_batches
 from llmtrain.train.preflight import require_alike
-from llmtrain.train.start import InitialValues
+from llmtrain.train.start import first_weights
 
 RISE = 0.02  # of the best smoothed loss: what counts as risen
 GIVE_UP = 1.25  # times the best: risen so far that the test ends
@@ -79,7 +78,7 @@ def find_edge(
         rng.seed_generators(config.run.seed, world.rank)
         engine = build_engine(config, world)
         since = START if found is None else Consumed(found.state["step"], found.state["samples"])
-        engine.load(_first_weights(config, world) if found is None else found.reader, since.update)
+        engine.load(first_weights(config, world)[0] if found is None else found.reader, since.update)
         batches = train_batches(config, world, data, since)
         rates = np.geomspace(low, high, updates).tolist()
         tested = range_test(engine, lambda k: batches.update(since.update + k), rates, config.schedule.peak)
@@ -148,11 +147,6 @@ def _edge(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[fl
     risen = np.asarray(smoothed) > best + np.maximum(RISE * best, NOISE * noise)
     risen[-1] |= broke
     return rates[max(int(np.argmax(risen)) - 2, 0)] if risen.any() else None
-
-
-def _first_weights(config: Config, world: World) -> StateSource:
-    folder = config.run.init_from
-    return InitialValues(config) if folder is None else open_import(folder, config.model, world)
 
 
 def _checkpoint(config: Config, world: World, named: str) -> Checkpoint:

@@ -19,7 +19,7 @@ from llmtrain.checkpoint.store import Checkpoint, CheckpointStore
 from llmtrain.config import Config
 from llmtrain.config_file import checkpoints_of, load_config
 from llmtrain.data.order import START, Consumed
-from llmtrain.data.workers import available_cores
+from llmtrain.device import usable_cores
 from llmtrain.distributed import World, find_place
 from llmtrain.engines.base import WEIGHT, Engine, StateSource
 from llmtrain.errors import CheckpointError, LlmtrainError, ScheduleError
@@ -70,7 +70,7 @@ class InitialValues:
 def own_cores() -> int:
     """Cores for this rank: those it may use, and no more than its share of the node's among the ranks there."""
     share = (os.cpu_count() or 1) // find_place(os.environ).local_size
-    return max(1, min(available_cores(), share))
+    return max(1, min(usable_cores(), share))
 
 
 class Start(NamedTuple):
